@@ -1,0 +1,283 @@
+"""The codec in plain torch: the ground truth that every kernel is tested against.
+
+x [d] is rotated by a seeded orthogonal matrix and scaled to unit variance, so that its coordinates are
+close to independent Gaussians whatever x was. Coordinates j and j + d/2 make a point of the plane, which
+becomes one angle code: code t of n is the point at angle t * golden angle on a spiral (codebook.py). One
+radius a vector brings back its length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+import torch
+
+from vllm_polarquant.codebook import GOLDEN_ANGLE
+from vllm_polarquant.format import (
+    BITS,
+    FP8_MAX,
+    HEAD_DIMS,
+    MIN_FIT_GAIN,
+    RADIUS_BYTES,
+    RADIUS_MAX,
+    RADIUS_MIN,
+    RADIUS_POWER,
+    SCALES,
+    SEED,
+    PolarFormat,
+    UnsupportedFormat,
+    VectorFormat,
+)
+
+_ENCODE_SCRATCH = 1 << 24
+
+
+@cache
+def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
+    """The orthogonal matrix R, float64 [d, d]; a vector is rotated by ``x @ R.T``.
+
+    R = (H kron Q) diag(signs): H the Hadamard matrix of the largest power of two that divides d, Q a
+    seeded orthogonal matrix of the odd rest (1 for powers of two). Python's generator draws the numbers,
+    as its sequence is fixed by the language and not by a library's version.
+    """
+    rng = random.Random(f"polarquant {head_dim} {seed}")
+    odd = head_dim
+    while odd % 2 == 0:
+        odd //= 2
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while hadamard.shape[0] < head_dim // odd:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
+    signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float64)
+    normal = torch.tensor(
+        [[rng.gauss(0, 1) for _ in range(odd)] for _ in range(odd)], dtype=torch.float64
+    )
+    q, upper = torch.linalg.qr(normal)
+    q = (q * upper.diagonal().sign()).contiguous()
+    return torch.kron(hadamard / math.sqrt(head_dim // odd), q) * signs
+
+
+@cache
+def codebook(pair_bits: int) -> torch.Tensor:
+    """The points of the spiral code, float32 [2**pair_bits, 2], for coordinates of unit variance.
+
+    Their coordinates are bfloat16 numbers, so that kernels that multiply in 16 bits lose nothing.
+    """
+    radii = json.loads((files(__package__) / "spiral.json").read_text())[str(2**pair_bits)]
+    angle = torch.arange(len(radii), dtype=torch.float64) * GOLDEN_ANGLE
+    radius = torch.tensor(radii, dtype=torch.float64)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).bfloat16().float()
+
+
+def pack(codes: torch.Tensor, pair_bits: int) -> torch.Tensor:
+    """Codes int [..., m] (m a multiple of 8) as a little-endian bit stream, uint8 [..., m*pair_bits/8]."""
+    groups = codes.long().unflatten(-1, (-1, 8))
+    shifts = torch.arange(8, device=codes.device) * pair_bits
+    words = (groups << shifts).sum(-1, keepdim=True)
+    out = words >> (torch.arange(pair_bits, device=codes.device) * 8)
+    return (out & 0xFF).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: torch.Tensor, pair_bits: int) -> torch.Tensor:
+    """The inverse of `pack`: int64 [..., m]."""
+    groups = packed.long().unflatten(-1, (-1, pair_bits))
+    words = (groups << (torch.arange(pair_bits, device=packed.device) * 8)).sum(-1, keepdim=True)
+    codes = words >> (torch.arange(8, device=packed.device) * pair_bits)
+    return (codes & (2**pair_bits - 1)).flatten(-2)
+
+
+def encode_radius(radius: torch.Tensor) -> torch.Tensor:
+    """Radii float32 >= 0 as float16 of the same shape; see RADIUS_POWER."""
+    plain = ((radius >= RADIUS_MIN) & (radius <= RADIUS_MAX)) | (radius == 0)
+    return torch.where(plain, radius, -radius.pow(1 / RADIUS_POWER)).half()
+
+
+def decode_radius(radius: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_radius`, float32."""
+    radius = radius.float()
+    return torch.where(radius >= 0, radius, (-radius).pow(RADIUS_POWER))
+
+
+def nearest(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Code of the point nearest to each pair: float32 [..., 2] -> int64 [...]; the lower code on a tie."""
+    flat = pairs.reshape(-1, 2)
+    half_norm = (points * points).sum(-1) / 2
+    codes = torch.empty(len(flat), dtype=torch.int64, device=pairs.device)
+    step = max(1, _ENCODE_SCRATCH // len(points))
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        codes[start : start + step] = (part @ points.T - half_norm).argmax(-1)
+    return codes.view(pairs.shape[:-1])
+
+
+def _as_pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack(x.chunk(2, -1), -1)
+
+
+def _encode_polar(
+    y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    points = codebook(vector.pair_bits).to(y.device)
+    norm = y.norm(dim=-1).clamp_min(1e-30)
+    pairs = _as_pairs(y * (math.sqrt(y.shape[-1]) / norm)[..., None])
+    best_cos = torch.full_like(norm, -2.0)
+    best_length = torch.ones_like(norm)
+    best_codes = torch.zeros(pairs.shape[:-1], dtype=torch.int64, device=y.device)
+    for scale in SCALES.get(vector.bits, (1.0,)):
+        codes = nearest(pairs * scale, points)
+        decoded = points[codes]
+        length = decoded.square().sum((-1, -2)).sqrt()
+        cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(y.shape[-1]))
+        better = cos > best_cos
+        best_cos = torch.where(better, cos, best_cos)
+        best_length = torch.where(better, length, best_length)
+        best_codes = torch.where(better[..., None], codes, best_codes)
+    gain = torch.ones_like(norm)
+    if vector.gain == "fit":
+        gain = best_cos.clamp_min(MIN_FIT_GAIN)
+    elif vector.gain == "unbiased":
+        gain = 1 / best_cos
+    return encode_radius(amax * (norm * gain / best_length)), pack(best_codes, vector.pair_bits)
+
+
+def encode(
+    x: torch.Tensor, vector: VectorFormat, seed: int = SEED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store vectors: x float [..., d] -> radii float16 [...], codes uint8 [..., vector.code_bytes(d)].
+
+    A vector that holds a NaN or an infinity is stored as the zero vector: its logit is 0, its value adds
+    nothing, and no other token sees it. A raw vector is stored as it is, radius 1, whatever it holds.
+    """
+    if vector.kind == "raw":
+        return torch.ones(x.shape[:-1], device=x.device).half(), x.contiguous().view(torch.uint8)
+    x = x.float()
+    amax = x.abs().amax(-1)
+    usable = torch.isfinite(amax) & (amax > 0)
+    amax = torch.where(usable, amax, torch.zeros_like(amax))
+    x = torch.where(usable[..., None], x, torch.zeros_like(x))
+    # Dividing by the largest coordinate first keeps denormals and 3e38 inside float32's range.
+    y = (x / torch.where(usable, amax, torch.ones_like(amax))[..., None]) @ rotation(
+        x.shape[-1], seed
+    ).to(x).T
+    if vector.kind == "polar":
+        radius, codes = _encode_polar(y, amax, vector)
+    else:
+        radius = encode_radius(amax * (y.abs().amax(-1) / FP8_MAX))
+        # Codes are taken against the stored radius, so that its rounding adds no error.
+        unit = y * (amax / decode_radius(radius).clamp_min(1e-38))[..., None]
+        codes = unit.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    zero = torch.zeros_like(codes)
+    return radius, torch.where(usable[..., None], codes, zero)
+
+
+def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
+    """What kernels multiply: the codes' vectors before radius and rotation, float32 [..., d].
+
+    dtype: the 16-bit float type that raw vectors were stored in; the others ignore it.
+    """
+    if vector.kind == "raw":
+        return codes.view(dtype).float()
+    if vector.kind == "fp8":
+        return codes.view(torch.float8_e4m3fn).float()
+    points = codebook(vector.pair_bits).to(codes.device)[unpack(codes, vector.pair_bits)]
+    return points.transpose(-1, -2).flatten(-2)
+
+
+def decode(
+    radius: torch.Tensor,
+    codes: torch.Tensor,
+    vector: VectorFormat,
+    dtype: torch.dtype = torch.float32,
+    seed: int = SEED,
+) -> torch.Tensor:
+    """Read vectors back in their own basis: float32 [..., d]; the arguments are `encode`'s results."""
+    unit = decode_unit(codes, vector, dtype)
+    if vector.rotated:
+        unit = unit @ rotation(unit.shape[-1], seed).to(unit)
+    limit = torch.finfo(torch.float32).max
+    return (unit * decode_radius(radius)[..., None]).clamp(-limit, limit)
+
+
+class PolarQuant:
+    """Radius and angle codes of single vectors, as a library.
+
+    Args:
+        d: vector size, one of 64, 80, 96, 112, 128, 192, 256.
+        bits: code bits a coordinate: 2, 2.5, 3, 3.5 or 4.
+        seed: of the rotation.
+
+    Raises:
+        UnsupportedFormat: for any other d or bits.
+    """
+
+    def __init__(self, d: int, bits: float, seed: int = SEED) -> None:
+        if d not in HEAD_DIMS:
+            raise UnsupportedFormat(f"d = {d} is not one of {', '.join(map(str, HEAD_DIMS))}")
+        if bits not in BITS:
+            raise UnsupportedFormat(f"bits = {bits} is not one of {', '.join(f'{b:g}' for b in BITS)}")
+        self.d, self.bits, self.seed = d, float(bits), seed
+        self.vector = VectorFormat("polar", self.bits, "fit")
+        self.code_bytes = self.vector.code_bytes(d)
+
+    def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x float [..., d] -> r float16 [...], codes uint8 [..., d*bits/8]; float32 inside.
+
+        A vector that holds a NaN or an infinity is stored as the zero vector.
+
+        Raises:
+            ValueError: if x is not floating point or its last dim is not d.
+        """
+        if not x.is_floating_point() or x.shape[-1:] != (self.d,):
+            raise ValueError(
+                f"expected floats [..., {self.d}], got {x.dtype} {list(x.shape)}"
+            )
+        return encode(x, self.vector, self.seed)
+
+    def decompress(self, r: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """r float16 [...], codes uint8 [..., d*bits/8] -> x_hat float32 [..., d].
+
+        Raises:
+            ValueError: if the shapes or dtypes are not those that `compress` returns.
+        """
+        if codes.dtype != torch.uint8 or codes.shape != (*r.shape, self.code_bytes):
+            raise ValueError(
+                f"expected codes uint8 [..., {self.code_bytes}] and r [...], "
+                f"got {codes.dtype} {list(codes.shape)} and {list(r.shape)}"
+            )
+        return decode(r, codes, self.vector, seed=self.seed)
+
+    def bits_per_element(self) -> float:
+        """Stored bits a coordinate, the radius counted."""
+        return self.bits + 8 * RADIUS_BYTES / self.d
+
+
+class Tables(NamedTuple):
+    """The codec's constants on a device, as kernels take them.
+
+    rotation: R, float32 [d, d]; the identity for raw vectors.
+    key_points, value_points: float32 [n, 2], what the encoder searches; [1, 2] of zeros where unused.
+    key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
+        and y in the high half, so that one load brings both coordinates of a pair.
+    """
+
+    rotation: torch.Tensor
+    key_points: torch.Tensor
+    value_points: torch.Tensor
+    key_lut: torch.Tensor
+    value_lut: torch.Tensor
+
+
+@cache
+def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables:
+    """Constants of a format for a model of `dtype` (bfloat16 or float16) on `device`, built once."""
+    points = [
+        codebook(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 2)
+        for vector in (fmt.key, fmt.value)
+    ]
+    luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
+    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim)
+    return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts)))

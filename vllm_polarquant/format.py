@@ -1,0 +1,233 @@
+"""What a quantised KV page is made of: every size, offset and shape, derived in one place.
+
+A page is the run of bytes that one (block, kv head) owns. With N tokens a block it holds, in order,
+
+    K codes [N, key.code_bytes]    V codes [N, value.code_bytes]    K radii [N] f16    V radii [N] f16
+
+and every region is contiguous, so that kernels load 16 bytes at a time. The pages of one block stand
+side by side, head after head, whatever the order of dims in which vLLM thinks of the block: nobody
+else reads its inside. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal, Protocol
+
+FORMAT_VERSION = 1
+"""Changes whenever the same bytes would decode to other vectors. Part of every cache identity."""
+
+SEED = 42
+"""Seed of the rotation that every page is written with."""
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
+RADIUS_BYTES = 2
+BLOCK_SIZE_MULTIPLE = 16
+
+MIN_FIT_GAIN = 0.981
+"""A least-squares radius never shortens a vector by more than this factor."""
+
+FP8_MAX = 448.0
+
+RADIUS_MIN, RADIUS_MAX, RADIUS_POWER = 2.0**-13, 60000.0, 9
+"""Radii outside [RADIUS_MIN, RADIUS_MAX] are stored as minus their ninth root: float16 then covers all
+of float32's range within 1 %, and the radii of real keys and values keep all their 11 bits."""
+
+SCALES: dict[float, tuple[float, ...]] = {2.0: (1.0, 0.92, 0.96, 1.04, 1.08)}
+"""Scales of the vector that the encoder tries, by bits; 1 alone elsewhere. At 2 bits the best of five
+lowers the distortion by 1 %, and the decoder does not care."""
+
+Kind = Literal["polar", "fp8", "raw"]
+Gain = Literal["norm", "unbiased", "fit"]
+
+
+class UnsupportedFormat(ValueError):
+    """A head_dim, bit width, block size or preset that no page exists for."""
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """How one vector (a key or a value of one head) is stored.
+
+    kind: ``polar`` (an angle code for each pair of coordinates j, j + d/2), ``fp8`` (e4m3 with the
+        radius as scale) or ``raw`` (the model's own 16-bit floats; only tests use it).
+    bits: stored bits a coordinate, the radius not counted.
+    gain: what the radius makes of |x|, c being the cosine between x and its decoded direction.
+        ``norm`` keeps |x|; ``unbiased`` is |x| / c, exact along x; ``fit`` is the least-squares |x| c,
+        kept from losing more than 2 % of the norm.
+    """
+
+    kind: Kind
+    bits: float
+    gain: Gain = "norm"
+
+    @property
+    def rotated(self) -> bool:
+        return self.kind != "raw"
+
+    @property
+    def pair_bits(self) -> int:
+        """Bits of the code of one pair of coordinates."""
+        return int(2 * self.bits)
+
+    def code_bytes(self, head_dim: int) -> int:
+        """Bytes of the codes of one vector; raises UnsupportedFormat where they do not come out whole."""
+        whole = Fraction(self.bits) * head_dim / 8
+        if whole.denominator != 1:
+            raise UnsupportedFormat(
+                f"{self.bits:g} bits x head_dim {head_dim} is not a whole number of bytes"
+            )
+        return int(whole)
+
+
+def _polar(bits: float, gain: Gain = "norm") -> VectorFormat:
+    return VectorFormat("polar", bits, gain)
+
+
+_FP8 = VectorFormat("fp8", 8)
+_RAW = VectorFormat("raw", 16)
+
+# Keys keep their norm: a gain error moves every logit of a token. Values are averaged over many tokens,
+# so at 2 bits, where a norm-preserving radius would shrink the average, they are unbiased.
+PRESETS: dict[str, tuple[VectorFormat, VectorFormat]] = {
+    "polarquant_k4v8": (_polar(4), _FP8),
+    "polarquant_k4v4": (_polar(4), _polar(4)),
+    "polarquant_k4v3": (_polar(4), _polar(3)),
+    "polarquant_k3v3": (_polar(3), _polar(3)),
+    "polarquant_k3v2": (_polar(3), _polar(2, "unbiased")),
+    "polarquant_k2v2": (_polar(2), _polar(2, "unbiased")),
+}
+DEFAULT_PRESET = "polarquant_k4v4"
+
+LOSSLESS = "polarquant_lossless"
+"""Test-only preset: 16-bit vectors in the same pages. Registered when VLLM_POLARQUANT_LOSSLESS=1."""
+
+
+@dataclass(frozen=True)
+class PolarFormat:
+    """Every size, offset and shape of a page. It travels whole, never as separate integers.
+
+    Args:
+        preset: a key of PRESETS, or LOSSLESS.
+        head_dim: size of one head's key and value.
+        block_size: tokens a page holds, a multiple of 16.
+
+    Raises:
+        UnsupportedFormat: naming the argument and the values that work.
+    """
+
+    preset: str
+    head_dim: int
+    block_size: int
+    key: VectorFormat = field(init=False)
+    value: VectorFormat = field(init=False)
+
+    def __post_init__(self) -> None:
+        vectors = PRESETS.get(self.preset) or ((_RAW, _RAW) if self.preset == LOSSLESS else None)
+        if vectors is None:
+            raise UnsupportedFormat(
+                f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}"
+            )
+        if self.head_dim not in HEAD_DIMS:
+            raise UnsupportedFormat(
+                f"head_dim {self.head_dim} is not supported by {self.preset}; "
+                f"supported: {', '.join(map(str, HEAD_DIMS))}"
+            )
+        if self.block_size <= 0 or self.block_size % BLOCK_SIZE_MULTIPLE:
+            raise UnsupportedFormat(
+                f"block size {self.block_size} is not a multiple of {BLOCK_SIZE_MULTIPLE}"
+            )
+        object.__setattr__(self, "key", vectors[0])
+        object.__setattr__(self, "value", vectors[1])
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the codes of one key."""
+        return self.key.code_bytes(self.head_dim)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the codes of one value."""
+        return self.value.code_bytes(self.head_dim)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes one token takes in one kv head, radii included; there is no padding."""
+        return self.key_bytes + self.value_bytes + 2 * RADIUS_BYTES
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one (block, kv head)."""
+        return self.slot_bytes * self.block_size
+
+    @property
+    def value_offset(self) -> int:
+        """Offset of the V codes in a page, as the next two: of the radii of K and of V."""
+        return self.block_size * self.key_bytes
+
+    @property
+    def key_radius_offset(self) -> int:
+        return self.value_offset + self.block_size * self.value_bytes
+
+    @property
+    def value_radius_offset(self) -> int:
+        return self.key_radius_offset + self.block_size * RADIUS_BYTES
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits a coordinate, K and V averaged, radii counted."""
+        return self.slot_bytes * 8 / (2 * self.head_dim)
+
+    @property
+    def ratio(self) -> float:
+        """How many times more tokens fit than with 16-bit floats."""
+        return 16 / self.bits_per_element
+
+    @property
+    def cache_id(self) -> str:
+        """Names everything that decides what the bytes of a page mean."""
+        return f"{self.preset}-v{FORMAT_VERSION}-d{self.head_dim}-b{self.block_size}-s{SEED}"
+
+
+class CacheTensor(Protocol):
+    """The part of a tensor that a layout check reads."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def stride(self) -> Sequence[int]: ...
+    def element_size(self) -> int: ...
+
+
+def dense_block_stride(cache: CacheTensor, fmt: PolarFormat) -> int:
+    """Bytes from one block of a cache uint8 [B, H, N, slot_bytes] to the next.
+
+    Raises:
+        ValueError: if the shape is not the format's or a block's bytes do not lie side by side.
+    """
+    _, heads, tokens, slot = cache.shape
+    if cache.element_size() != 1 or (tokens, slot) != (fmt.block_size, fmt.slot_bytes):
+        raise ValueError(
+            f"expected a cache uint8 [B, H, {fmt.block_size}, {fmt.slot_bytes}] for {fmt.cache_id}, "
+            f"got {list(cache.shape)} of {cache.element_size()}-byte elements"
+        )
+    block, *inner = cache.stride()
+    heads_first, tokens_first = [tokens * slot, slot, 1], [slot, heads * slot, 1]
+    # A dim of size 1 may have any stride.
+    sizes = (heads, tokens, slot)
+    if not any(
+        all(size == 1 or have == want for size, have, want in zip(sizes, inner, order, strict=True))
+        for order in (heads_first, tokens_first)
+    ):
+        raise ValueError(
+            f"the bytes of a block are not contiguous (strides {list(cache.stride())}); use one of the "
+            "KV cache layouts LBHNC, LBNHC, BLHNC, BLNHC"
+        )
+    return block
+
+
+def is_polar_dtype(kv_cache_dtype: str | None) -> bool:
+    """Whether a ``--kv-cache-dtype`` name is one of ours."""
+    return kv_cache_dtype in PRESETS or kv_cache_dtype == LOSSLESS
