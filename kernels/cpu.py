@@ -1,0 +1,572 @@
+"""The page on a CPU: numba loops over the same bytes that the Triton kernels read and write.
+
+Functions take and return torch tensors. Rotations and dense attention are torch's; numba does what torch
+has no fast operator for: nearest codes, bit streams, and attention straight off packed pages.
+Threads are torch's own: numba's OpenMP layer shares the libgomp that torch has loaded, and so the cores
+that vLLM has bound it to.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+from vllm_polarquant.codec import Tables, encode
+from vllm_polarquant.format import (
+    MIN_FIT_GAIN,
+    RADIUS_MAX,
+    RADIUS_MIN,
+    RADIUS_POWER,
+    SCALES,
+    PolarFormat,
+    VectorFormat,
+    dense_block_stride,
+)
+
+numba.config.THREADING_LAYER = "omp"
+
+POLAR, FP8, RAW = 0, 1, 2
+_KINDS = {"polar": POLAR, "fp8": FP8, "raw": RAW}
+_GAINS = {"norm": 0, "unbiased": 1, "fit": 2}
+_TILE = 64
+_PREFIX_TOKENS = 4096
+_NO_MASS = np.float32(-1e30)
+
+
+def _use_torch_threads() -> int:
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(threads)
+    return threads
+
+
+class _Vector(NamedTuple):
+    """What the loops need of one vector format; see `_vector`."""
+
+    kind: int
+    pair_bits: int
+    code_bytes: int
+    gain: int
+    scales: np.ndarray
+    points: np.ndarray
+    lut: np.ndarray
+    window: np.ndarray
+
+
+def search_windows(points: np.ndarray, bins_per_unit: int = 16) -> np.ndarray:
+    """Which codes can be nearest to a point of a given radius: int32 [bins, 2], first and last code + 1.
+
+    Bin i holds radii from i / bins_per_unit on; the last bin all larger ones. A code can be nearest only
+    if its own radius is within the distance that the annulus' worst point has to its nearest code, which
+    dense sampling of the annulus measures.
+    """
+    radius = np.hypot(points[:, 0], points[:, 1])
+    angle = np.linspace(0, 2 * np.pi, 1440, endpoint=False)
+    ring = np.stack([np.cos(angle), np.sin(angle)], -1)
+    bins = int(math.ceil((radius.max() + 0.5) * bins_per_unit))
+    windows = np.empty((bins, 2), np.int32)
+    width = 1 / bins_per_unit
+    for i in range(bins):
+        samples = np.concatenate([ring * (i + f) * width for f in (0.0, 0.25, 0.5, 0.75, 1.0)])
+        distance = np.hypot(*(samples[:, None] - points[None]).transpose(2, 0, 1)).min(1)
+        reach = distance.max() + width
+        inside = np.flatnonzero(np.abs(radius - (i + 0.5) * width) <= reach)
+        windows[i] = inside[0], inside[-1] + 1
+    windows[-1, 1] = len(points)
+    return windows
+
+
+@cache
+def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor) -> _Vector:
+    window = np.array([[0, 1]], np.int32)
+    lut = np.zeros(1, np.uint32)
+    if vector.kind == "polar":
+        window = search_windows(points.numpy())
+        # bfloat16 points, x in the low half: one gather a pair, whatever the model's dtype.
+        lut = points.bfloat16().contiguous().view(torch.int32).flatten().numpy().view(np.uint32)
+    elif vector.kind == "fp8":
+        byte = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        lut = byte.float().nan_to_num(0).numpy().view(np.uint32)
+    return _Vector(
+        _KINDS[vector.kind],
+        vector.pair_bits,
+        vector.code_bytes(head_dim),
+        _GAINS[vector.gain],
+        np.asarray(SCALES.get(vector.bits, (1.0,)), np.float32),
+        points.numpy(),
+        lut,
+        window,
+    )
+
+
+@njit(cache=True)
+def _load_radii(cache_bytes, start, count, bits, radii):
+    """float16 radii at `start` as float32 in radii [count]; bits is radii's memory seen as uint32."""
+    for t in range(count):
+        half = np.uint32(cache_bytes[start + 2 * t]) | (
+            np.uint32(cache_bytes[start + 2 * t + 1]) << np.uint32(8)
+        )
+        # Shifting exponent and mantissa into place leaves float32's larger bias, 2**112, to multiply by.
+        bits[t] = (half & np.uint32(0x7FFF)) << np.uint32(13)
+        radii[t] *= np.float32(2.0**112)
+        if half & np.uint32(0x8000):
+            radii[t] = radii[t] ** RADIUS_POWER
+
+
+@njit(cache=True)
+def _stored_radius(radius):
+    """What `encode_radius` makes of a radius, still float32."""
+    if radius == 0 or (radius >= RADIUS_MIN and radius <= RADIUS_MAX):
+        return np.float32(radius)
+    return np.float32(-(radius ** (1.0 / RADIUS_POWER)))
+
+
+@njit(cache=True)
+def _nearest(x, y, points, window):
+    at = min(int(math.sqrt(x * x + y * y) * 16), len(window) - 1)
+    best = window[at, 0]
+    best_score = np.float32(-1e30)
+    for t in range(window[at, 0], window[at, 1]):
+        px, py = points[t, 0], points[t, 1]
+        score = px * (x - np.float32(0.5) * px) + py * (y - np.float32(0.5) * py)
+        if score > best_score:
+            best_score, best = score, t
+    return best
+
+
+@njit(cache=True)
+def _encode_polar(y, points, window, scales, gain, codes):
+    """Codes of one rotated vector y [d] into codes [d / 2]; returns radius / largest coordinate."""
+    d = len(y)
+    half = d // 2
+    norm2 = np.float32(0)
+    for j in range(d):
+        norm2 += y[j] * y[j]
+    norm = math.sqrt(norm2)
+    to_unit = np.float32(math.sqrt(d) / norm)
+    best_cos, best_length = np.float32(-2), np.float32(1)
+    trial = np.empty(half, np.uint8)
+    for scale in scales:
+        dot, length2 = np.float32(0), np.float32(0)
+        for j in range(half):
+            a, b = y[j] * to_unit, y[j + half] * to_unit
+            t = _nearest(a * scale, b * scale, points, window)
+            trial[j] = t
+            px, py = points[t, 0], points[t, 1]
+            dot += a * px + b * py
+            length2 += px * px + py * py
+        length = math.sqrt(length2)
+        cos = dot / (length * math.sqrt(d))
+        if cos > best_cos:
+            best_cos, best_length = np.float32(cos), np.float32(length)
+            codes[:] = trial
+    factor = norm / best_length
+    if gain == 1:
+        factor /= best_cos
+    elif gain == 2:
+        factor *= max(best_cos, MIN_FIT_GAIN)
+    return np.float32(factor)
+
+
+@njit(cache=True)
+def _pack(codes, pair_bits, out):
+    word, filled, at = np.int64(0), 0, 0
+    for code in codes:
+        word |= np.int64(code) << filled
+        filled += pair_bits
+        while filled >= 8:
+            out[at] = word & 0xFF
+            at += 1
+            word >>= 8
+            filled -= 8
+
+
+@njit(cache=True, parallel=True)
+def _encode(rotated, amax, pair_bits, points, window, scales, gain, packed, radius):
+    """Rotated f32 [n, d] / amax [n] -> packed codes u8 [n, bytes], radius f32 [n] as it is stored."""
+    n, d = rotated.shape
+    for i in prange(n):
+        codes = np.zeros(d // 2, np.uint8)
+        radius[i] = 0
+        if amax[i] > 0:
+            factor = _encode_polar(rotated[i], points, window, scales, gain, codes)
+            radius[i] = _stored_radius(amax[i] * factor)
+        _pack(codes, pair_bits, packed[i])
+
+
+@njit(cache=True, parallel=True)
+def _scatter(codes, radii, slots, cache_bytes, stride, page_bytes, block_size, code_at, radius_at):
+    """Codes u8 [T, H, bytes] and radii u8 [T, H, 2] to the pages of slots [T]; slots < 0 are dropped."""
+    tokens, heads, width = codes.shape
+    for token in prange(tokens):
+        slot = slots[token]
+        if slot >= 0:
+            inside = slot % block_size
+            for head in range(heads):
+                page = slot // block_size * stride + head * page_bytes
+                start = page + code_at + inside * width
+                cache_bytes[start : start + width] = codes[token, head]
+                start = page + radius_at + inside * 2
+                cache_bytes[start : start + 2] = radii[token, head]
+
+
+def _bytes_of(cache_tensor: torch.Tensor, fmt: PolarFormat) -> tuple[np.ndarray, int]:
+    """The cache's storage from its first block on, as flat uint8, and the stride of its blocks."""
+    stride = dense_block_stride(cache_tensor, fmt)
+    blocks, heads = cache_tensor.shape[:2]
+    length = (blocks - 1) * stride + heads * fmt.page_bytes if blocks else 0
+    return cache_tensor.as_strided((length,), (1,)).numpy(), stride
+
+
+def _encode_vectors(
+    x: torch.Tensor, spec: _Vector, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`codec.encode` of polar vectors [T, H, d]: radius float16 [T, H], codes uint8 [T, H, bytes]."""
+    x = x.float()
+    amax = x.abs().amax(-1)
+    usable = torch.isfinite(amax) & (amax > 0)
+    amax = torch.where(usable, amax, 0.0)
+    unit = torch.where(usable[..., None], x / torch.where(usable, amax, 1.0)[..., None], 0.0)
+    codes = torch.empty(*amax.shape, spec.code_bytes, dtype=torch.uint8)
+    radius = torch.empty_like(amax)
+    _encode(
+        (unit @ rotation.T).flatten(0, 1).numpy(), amax.flatten().numpy(), spec.pair_bits,
+        spec.points, spec.window, spec.scales, spec.gain, codes.flatten(0, 1).numpy(),
+        radius.flatten().numpy(),
+    )  # fmt: skip
+    return radius.half(), codes
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache_tensor: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    fmt: PolarFormat,
+    tables: Tables,
+) -> None:
+    """Encode key and value [T', H, d] and scatter them to the slots of slot_mapping int64 [T], T <= T'.
+
+    Slots < 0 are dropped. cache_tensor: uint8 [B, H, N, slot_bytes].
+    """
+    _use_torch_threads()
+    cache_bytes, stride = _bytes_of(cache_tensor, fmt)
+    for x, vector, points, code_at, radius_at in (
+        (key, fmt.key, tables.key_points, 0, fmt.key_radius_offset),
+        (value, fmt.value, tables.value_points, fmt.value_offset, fmt.value_radius_offset),
+    ):
+        x = x[: len(slot_mapping)]
+        if vector.kind == "polar":
+            spec = _vector(vector, fmt.head_dim, points)
+            radius, codes = _encode_vectors(x, spec, tables.rotation)
+        else:
+            radius, codes = encode(x, vector)
+        radii = radius.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+        _scatter(
+            codes.numpy(), radii.numpy(), slot_mapping.numpy(), cache_bytes, stride,
+            fmt.page_bytes, fmt.block_size, code_at, radius_at,
+        )  # fmt: skip
+
+
+@njit(cache=True, fastmath=True)
+def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, points, tile):
+    """Unit vectors of `count` neighbouring tokens, as float32 bits: u8 codes at start -> tile u32 [:, d]."""
+    d = tile.shape[1]
+    half = d // 2
+    if kind == RAW:
+        for t in range(count):
+            at = start + t * code_bytes
+            for j in range(d):
+                low, high = cache_bytes[at + 2 * j], cache_bytes[at + 2 * j + 1]
+                tile[t, j] = (np.uint32(low) << np.uint32(16)) | (np.uint32(high) << np.uint32(24))
+        return
+    if kind == FP8:
+        for t in range(count):
+            at = start + t * code_bytes
+            for j in range(d):
+                tile[t, j] = lut[np.uint64(cache_bytes[at + j])]
+        return
+    for t in range(count):
+        at = start + t * code_bytes
+        # Unsigned indices spare the loops Python's test for negative ones: three times faster.
+        if pair_bits == 8:
+            for j in range(half):
+                points[j] = lut[np.uint64(cache_bytes[at + j])]
+        else:
+            mask = np.uint64((1 << pair_bits) - 1)
+            for group in range(half // 8):
+                word = np.uint64(0)
+                for b in range(pair_bits):
+                    word |= np.uint64(cache_bytes[at + group * pair_bits + b]) << np.uint64(8 * b)
+                for j in range(8):
+                    points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
+        for j in range(half):
+            tile[t, j] = points[j] << np.uint32(16)
+        for j in range(half):
+            tile[t, j + half] = points[j] & np.uint32(0xFFFF0000)
+
+
+@njit(cache=True, parallel=True, fastmath=True)
+def _attend(
+    query, query_start, seq_lens, block_table, cache_bytes, stride, heads, page_bytes, block_size,
+    key, value, value_at, key_radius_at, value_radius_at, splits, part_out, part_max, part_sum,
+):  # fmt: skip
+    """Flash attention of one (request, kv head, split) a task, on rotated and scaled queries.
+
+    query f32 [T, Hq, d]; part_out f32 [R, heads, splits, rows, d], part_max and part_sum [R, heads,
+    splits, rows], where row = query token * group + query head of the group.
+    """
+    requests = len(seq_lens)
+    d = query.shape[2]
+    group = query.shape[1] // heads
+    k_kind, k_bits, k_bytes, k_lut = key
+    v_kind, v_bits, v_bytes, v_lut = value
+    for task in prange(requests * heads * splits):
+        split = task % splits
+        head = task // splits % heads
+        request = task // (splits * heads)
+        length = seq_lens[request]
+        first = query_start[request]
+        count = query_start[request + 1] - first
+        rows = count * group
+        out = part_out[request, head, split]
+        row_max = part_max[request, head, split]
+        row_sum = part_sum[request, head, split]
+        row_max[:] = _NO_MASS
+        row_sum[:] = 0
+        out[:] = 0
+        # Splits are whole tiles and a tile never leaves its page.
+        share = ((length + splits - 1) // splits + block_size - 1) // block_size * block_size
+        begin, end = split * share, min((split + 1) * share, length)
+        points = np.empty(d // 2, np.uint32)
+        bits = np.empty((_TILE, d), np.uint32)
+        tile = bits.view(np.float32)
+        radius_bits = np.empty(_TILE, np.uint32)
+        radii = radius_bits.view(np.float32)
+        weights = np.empty((max(rows, 1), _TILE), np.float32)
+        for start in range(begin, end, _TILE if block_size % _TILE == 0 else 16):
+            step = min(_TILE if block_size % _TILE == 0 else 16, end - start)
+            block = np.int64(block_table[request, start // block_size])
+            page = block * stride + head * page_bytes
+            inside = start % block_size
+            _load_tile(
+                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_bytes, k_lut, points, bits
+            )
+            _load_radii(cache_bytes, page + key_radius_at + inside * 2, step, radius_bits, radii)
+            for row in range(rows):
+                token, member = row // group, row % group
+                q = query[first + token, head * group + member]
+                for t in range(step):
+                    dot = np.float32(0)
+                    for j in range(d):
+                        dot += q[j] * tile[t, j]
+                    weights[row, t] = dot * radii[t]
+                for t in range(max(0, length - count + token + 1 - start), step):
+                    weights[row, t] = _NO_MASS
+                top = row_max[row]
+                for t in range(step):
+                    top = max(top, weights[row, t])
+                shrink = np.float32(math.exp(row_max[row] - top))
+                total = np.float32(0)
+                for t in range(step):
+                    # A masked logit must weigh nothing even where every logit so far is masked.
+                    weight = np.float32(0)
+                    if weights[row, t] > _NO_MASS / 2:
+                        weight = np.float32(math.exp(weights[row, t] - top))
+                    weights[row, t] = weight
+                    total += weight
+                row_sum[row] = row_sum[row] * shrink + total
+                row_max[row] = top
+                if shrink != 1:
+                    for j in range(d):
+                        out[row, j] *= shrink
+            _load_tile(
+                cache_bytes, page + value_at + inside * v_bytes, step, v_kind, v_bits, v_bytes, v_lut,
+                points, bits,
+            )  # fmt: skip
+            _load_radii(cache_bytes, page + value_radius_at + inside * 2, step, radius_bits, radii)
+            for row in range(rows):
+                for t in range(step):
+                    weights[row, t] *= radii[t]
+                # Four tokens a sweep: the accumulator is read and written a quarter as often.
+                for t in range(0, step - 3, 4):
+                    w0, w1 = weights[row, t], weights[row, t + 1]
+                    w2, w3 = weights[row, t + 2], weights[row, t + 3]
+                    for j in range(d):
+                        out[row, j] += (w0 * tile[t, j] + w1 * tile[t + 1, j]) + (
+                            w2 * tile[t + 2, j] + w3 * tile[t + 3, j]
+                        )
+                for t in range(step // 4 * 4, step):
+                    for j in range(d):
+                        out[row, j] += weights[row, t] * tile[t, j]
+
+
+@njit(cache=True, parallel=True)
+def _gather(
+    cache_bytes, stride, heads, page_bytes, block_size, block_table, start, vector, code_at,
+    radius_at, out,
+):  # fmt: skip
+    """Tokens [start, start + n) of one request: radius times unit vectors, f32 [n, heads, d], rotated."""
+    n, _, d = out.shape
+    kind, pair_bits, code_bytes, lut = vector
+    for i in prange(n):
+        points = np.empty(d // 2, np.uint32)
+        bits = np.empty((1, d), np.uint32)
+        unit = bits.view(np.float32)
+        radius_bits = np.empty(1, np.uint32)
+        radius = radius_bits.view(np.float32)
+        position = start + i
+        block = np.int64(block_table[position // block_size])
+        inside = position % block_size
+        for head in range(heads):
+            page = block * stride + head * page_bytes
+            _load_tile(
+                cache_bytes, page + code_at + inside * code_bytes, 1, kind, pair_bits, code_bytes,
+                lut, points, bits,
+            )  # fmt: skip
+            _load_radii(cache_bytes, page + radius_at + inside * 2, 1, radius_bits, radius)
+            for j in range(d):
+                out[i, head, j] = unit[0, j] * radius[0]
+
+
+def _sides(fmt: PolarFormat, tables: Tables) -> tuple[tuple, tuple]:
+    """(kind, pair bits, code bytes, lut) of keys and of values, as the loops take them."""
+    specs = (
+        _vector(fmt.key, fmt.head_dim, tables.key_points),
+        _vector(fmt.value, fmt.head_dim, tables.value_points),
+    )
+    key, value = ((s.kind, s.pair_bits, s.code_bytes, s.lut) for s in specs)
+    return key, value
+
+
+def decode_attention(
+    query: torch.Tensor,
+    cache_tensor: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    fmt: PolarFormat,
+    tables: Tables,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention of few query tokens a request, straight off the pages.
+
+    The shapes are those of `kernels.decode.decode_attention`. Scratch memory grows with the number of
+    queries, not with the context.
+    """
+    threads = _use_torch_threads()
+    cache_bytes, stride = _bytes_of(cache_tensor, fmt)
+    requests, heads = len(seq_lens), cache_tensor.shape[1]
+    tokens = int(query_start_loc[requests])
+    rotated = (query[:tokens].float() @ tables.rotation.T) * scale
+    group = query.shape[1] // heads
+    rows = max_query_len * group
+    splits = max(1, -(-2 * threads // max(1, requests * heads)))
+    part_out = torch.empty(requests, heads, splits, rows, fmt.head_dim)
+    part_max = torch.empty(requests, heads, splits, rows)
+    part_sum = torch.empty(requests, heads, splits, rows)
+    key, value = _sides(fmt, tables)
+    _attend(
+        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), block_table.numpy(), cache_bytes,
+        stride, heads, fmt.page_bytes, fmt.block_size, key, value, fmt.value_offset,
+        fmt.key_radius_offset, fmt.value_radius_offset, splits, part_out.numpy(), part_max.numpy(),
+        part_sum.numpy(),
+    )  # fmt: skip
+    share = (part_max - part_max.amax(2, keepdim=True)).exp()
+    total = (part_sum * share).sum(2).clamp_min(1e-30)
+    merged = (part_out * share[..., None]).sum(2) / total[..., None]
+    # [R, heads, tokens of the request, group, d] -> one row a (query token, query head).
+    merged = merged.unflatten(2, (max_query_len, group)).transpose(1, 2).flatten(2, 3)
+    lens = query_start_loc[1 : requests + 1] - query_start_loc[:requests]
+    mine = torch.arange(max_query_len)[None, :] < lens[:, None]
+    out[:tokens] = (merged[mine] @ tables.rotation).to(out.dtype)
+
+
+def _dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Torch's CPU flash attention of one request, in query's dtype.
+
+    query [T, Hq, d], key and value [n, H, d] -> out [T, Hq, d], log-sum-exp float32 [T, Hq].
+    """
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (
+        x.to(query.dtype).repeat_interleave(repeat, 1).transpose(0, 1)[None]
+        for x, repeat in ((query, 1), (key, group), (value, group))
+    )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, scale=scale
+    )
+    return out[0].transpose(0, 1), lse[0].T
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache_tensor: torch.Tensor,
+    block_table: torch.Tensor,
+    context_len: int,
+    fmt: PolarFormat,
+    tables: Tables,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """One request's chunk: causal among its own fresh tokens, and all of them on the quantised prefix.
+
+    Args:
+        query, key, value: the chunk's, [T, Hq or H, d].
+        block_table: int32 [max_blocks], this request's row.
+        context_len: tokens of the prefix.
+        out: [T, Hq, d], written.
+
+    The prefix is decoded 4,096 tokens at a time, and the parts are merged by log-sum-exp.
+    """
+    _use_torch_threads()
+    merged, merged_lse = _dense_attention(query, key, value, scale, causal=True)
+    if context_len:
+        merged = merged.float()
+        rotated = (query.float() @ tables.rotation.T).to(query.dtype)
+        cache_bytes, stride = _bytes_of(cache_tensor, fmt)
+        heads = cache_tensor.shape[1]
+        sides = _sides(fmt, tables)
+        offsets = (
+            (0, fmt.key_radius_offset),
+            (fmt.value_offset, fmt.value_radius_offset),
+        )
+        for start in range(0, context_len, _PREFIX_TOKENS):
+            n = min(_PREFIX_TOKENS, context_len - start)
+            decoded = [torch.empty(n, heads, fmt.head_dim) for _ in sides]
+            for into, side, (code_at, radius_at) in zip(decoded, sides, offsets, strict=True):
+                _gather(
+                    cache_bytes, stride, heads, fmt.page_bytes, fmt.block_size, block_table.numpy(),
+                    start, side, code_at, radius_at, into.numpy(),
+                )  # fmt: skip
+            part, lse = _dense_attention(rotated, *decoded, scale, causal=False)
+            part = part.float() @ tables.rotation
+            total = torch.logaddexp(merged_lse, lse)
+            merged = (
+                merged * (merged_lse - total).exp()[..., None] + part * (lse - total).exp()[..., None]
+            )
+            merged_lse = total
+    out.copy_(merged)
+
+
+def warm_up(fmt: PolarFormat, tables: Tables, num_heads: int, num_kv_heads: int, dtype: torch.dtype) -> None:
+    """Compile every loop that serving will call, so that no request waits for it."""
+    cache_tensor = torch.zeros(2, num_kv_heads, fmt.block_size, fmt.slot_bytes, dtype=torch.uint8)
+    x = torch.ones(2, num_kv_heads, fmt.head_dim, dtype=dtype)
+    query = torch.ones(2, num_heads, fmt.head_dim, dtype=dtype)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    store_kv(x, x, cache_tensor, torch.arange(2), fmt, tables)
+    lens, starts = torch.tensor([2], dtype=torch.int32), torch.tensor([0, 2], dtype=torch.int32)
+    out = torch.empty_like(query)
+    decode_attention(query, cache_tensor, table, lens, starts, 2, fmt, tables, 1.0, out)
+    prefill_attention(query, x, x, cache_tensor, table[0], 2, fmt, tables, 1.0, out)
