@@ -1,0 +1,115 @@
+"""The only file that knows vLLM's versions: how a dtype's name and its backend are made known.
+
+0.33 has `register_kv_cache_dtype`. 0.32 has a closed Literal, which is extended in place: pydantic then
+rebuilds the two configs that hold it, and every other name is accepted or refused as before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from vllm_polarquant.format import is_polar_dtype
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34")
+BACKEND_NAME = "POLARQUANT"
+
+
+class UnsupportedVllm(RuntimeError):
+    """The installed vLLM is none that this plugin was tried with."""
+
+
+def check_version() -> None:
+    """Raise UnsupportedVllm, naming both versions, unless the installed vLLM is supported."""
+    from vllm import __version__ as found
+
+    if not SUPPORTED.contains(Version(found).base_version, prereleases=True):
+        raise UnsupportedVllm(
+            f"vllm-polarquant works with vLLM {SUPPORTED}, but {found} is installed, so the polarquant "
+            "KV cache dtypes are not available: install a supported vLLM or another vllm-polarquant"
+        )
+
+
+def register_dtypes(names: Iterable[str]) -> None:
+    """Make vLLM accept each name as a ``--kv-cache-dtype`` stored in bytes. Idempotent."""
+    from vllm.config import cache
+
+    if hasattr(cache, "register_kv_cache_dtype"):
+        for name in names:
+            if not cache.is_known_kv_cache_dtype(name):
+                cache.register_kv_cache_dtype(name)(_handler(name))
+        return
+    _extend_literal(cache, list(names))
+
+
+def _handler(name: str) -> type:
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            # Any other mode makes FlashAttention's scheduler take the native layers of a mixed
+            # model for fp8, and CUSTOM has the value of an in-tree mode.
+            return KVQuantMode.NONE
+
+    Handler.name = name  # type: ignore[attr-defined]
+    return Handler
+
+
+def _extend_literal(cache: Any, names: list[str]) -> None:
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.config import speculative
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    known = cache.CacheDType.__args__
+    missing = tuple(name for name in names if name not in known)
+    if not missing:
+        return
+    cache.CacheDType.__args__ = known + missing
+    for name in missing:
+        STR_DTYPE_TO_TORCH_DTYPE[name] = torch.uint8
+    rebuild_dataclass(cache.CacheConfig, force=True)
+    rebuild_dataclass(speculative.SpeculativeConfig, force=True)
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is not None:
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def register_backend(class_path: str) -> None:
+    """Add the backend's name to vLLM's enum, which a layer looks it up in. Idempotent."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, class_path)
+
+
+def route_backends(choose: Callable[[Any], str]) -> None:
+    """Ask `choose` for the backend's class path where a layer's dtype is ours, else vLLM as before.
+
+    `choose` takes vLLM's AttentionSelectorConfig and raises ValueError for what it cannot serve. The
+    platform is asked because nothing above it looks at an unknown dtype: the CPU platform would run its
+    own kernels on our bytes. Idempotent.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = platform.get_attn_backend_cls
+    if getattr(original, "routes_polarquant", False):
+        return
+
+    def get_attn_backend_cls(
+        cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        if is_polar_dtype(attn_selector_config.kv_cache_dtype):
+            return choose(attn_selector_config)
+        return original(selected_backend, attn_selector_config, num_heads)
+
+    get_attn_backend_cls.routes_polarquant = True  # type: ignore[attr-defined]
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -1,0 +1,34 @@
+"""The entry point that vLLM calls in every process, before it reads its command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from vllm_polarquant import compat
+from vllm_polarquant.format import LOSSLESS, PRESETS
+
+LOSSLESS_SWITCH = "VLLM_POLARQUANT_LOSSLESS"
+
+
+def register() -> None:
+    """Make the presets known to vLLM as KV cache dtypes. Idempotent; imports no kernels.
+
+    With an unsupported vLLM it registers nothing and logs why: the plugin must not stop a server that
+    does not use it, and vLLM itself then refuses the names.
+    """
+    try:
+        compat.check_version()
+    except compat.UnsupportedVllm as problem:
+        logging.getLogger("vllm.polarquant").error("%s", problem)
+        return
+    names = [*PRESETS, *([LOSSLESS] if os.environ.get(LOSSLESS_SWITCH) == "1" else [])]
+    compat.register_dtypes(names)
+    compat.register_backend("vllm_polarquant.backend.PolarQuantBackend")
+    compat.route_backends(_choose)
+
+
+def _choose(selector: object) -> str:
+    from vllm_polarquant.backend import backend_path
+
+    return backend_path(selector)
