@@ -1,0 +1,1 @@
+"""The probe model: how it is trained, its data, and helpers that read them."""
