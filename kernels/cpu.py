@@ -469,12 +469,12 @@ def decode_attention(
     group = query.shape[1] // heads
     rows = max_query_len * group
     splits = max(1, -(-2 * threads // max(1, requests * heads)))
-    part_out = torch.empty(requests, heads, splits, rows, fmt.head_dim)
-    part_max = torch.empty(requests, heads, splits, rows)
-    part_sum = torch.empty(requests, heads, splits, rows)
+    part_out = torch.empty(requests, heads, splits, rows, fmt.head_dim, dtype=torch.float32)
+    part_max = torch.empty(requests, heads, splits, rows, dtype=torch.float32)
+    part_sum = torch.empty(requests, heads, splits, rows, dtype=torch.float32)
     key, value = _sides(fmt, tables)
     _attend(
-        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), block_table.numpy(), cache_bytes,
+        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), block_table.contiguous().numpy(), cache_bytes,
         stride, heads, fmt.page_bytes, fmt.block_size, key, value, fmt.value_offset,
         fmt.key_radius_offset, fmt.value_radius_offset, splits, part_out.numpy(), part_max.numpy(),
         part_sum.numpy(),
@@ -543,7 +543,7 @@ def prefill_attention(
         )
         for start in range(0, context_len, _PREFIX_TOKENS):
             n = min(_PREFIX_TOKENS, context_len - start)
-            decoded = [torch.empty(n, heads, fmt.head_dim) for _ in sides]
+            decoded = [torch.empty(n, heads, fmt.head_dim, dtype=torch.float32) for _ in sides]
             for into, side, (code_at, radius_at) in zip(decoded, sides, offsets, strict=True):
                 _gather(
                     cache_bytes, stride, heads, fmt.page_bytes, fmt.block_size, block_table.numpy(),

@@ -51,7 +51,7 @@ def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
         odd //= 2
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while hadamard.shape[0] < head_dim // odd:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
+        hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), hadamard)
     signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float64)
     normal = torch.tensor(
         [[rng.gauss(0, 1) for _ in range(odd)] for _ in range(odd)], dtype=torch.float64
@@ -153,7 +153,7 @@ def encode(
     nothing, and no other token sees it. A raw vector is stored as it is, radius 1, whatever it holds.
     """
     if vector.kind == "raw":
-        return torch.ones(x.shape[:-1], device=x.device).half(), x.contiguous().view(torch.uint8)
+        return torch.ones(x.shape[:-1], dtype=torch.float16, device=x.device), x.contiguous().view(torch.uint8)
     x = x.float()
     amax = x.abs().amax(-1)
     usable = torch.isfinite(amax) & (amax > 0)
@@ -275,9 +275,9 @@ class Tables(NamedTuple):
 def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables:
     """Constants of a format for a model of `dtype` (bfloat16 or float16) on `device`, built once."""
     points = [
-        codebook(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 2)
+        codebook(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 2, dtype=torch.float32)
         for vector in (fmt.key, fmt.value)
     ]
     luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
-    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim)
+    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim, dtype=torch.float32)
     return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts)))

@@ -1,0 +1,277 @@
+"""The command `polarquant`: what the formats cost, and whether a model can use them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from vllm_polarquant import __version__
+from vllm_polarquant.check import (
+    ConfigError,
+    check_config,
+    read_config,
+    read_shape,
+    tokens_that_fit,
+    weight_bytes,
+)
+from vllm_polarquant.format import (
+    BLOCK_SIZE_MULTIPLE,
+    DEFAULT_PRESET,
+    PRESETS,
+    PolarFormat,
+    UnsupportedFormat,
+    VectorFormat,
+)
+
+GIB = 1 << 30
+SAMPLE_VECTORS = 2048
+NOT_SUPPORTED, BAD_INPUT = 1, 2
+
+app = typer.Typer(
+    help="Polar-coded KV cache for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Usage errors as plain lines, like the others.
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _fail(message: object) -> NoReturn:
+    typer.echo(f"polarquant: {message}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+def _table(first: str, *columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"polarquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Polar-coded KV cache for vLLM."""
+
+
+def measure_distortion(vector: VectorFormat, head_dim: int) -> float:
+    """E|x - x_hat|^2 / E|x|^2 of a format on Gaussian vectors of a fixed seed."""
+    # torch takes seconds to import, and only this command needs it.
+    import torch
+
+    from vllm_polarquant.codec import decode, encode
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLE_VECTORS, head_dim, generator=generator)
+    error = decode(*encode(x, vector), vector) - x
+    return float(error.square().sum() / x.square().sum())
+
+
+def format_rows(head_dim: int) -> list[dict[str, Any]]:
+    """One row for auto, for fp8 and for each preset, as `polarquant formats --json` prints them.
+
+    Raises:
+        UnsupportedFormat: if no page exists for head_dim.
+    """
+    formats = {preset: PolarFormat(preset, head_dim, BLOCK_SIZE_MULTIPLE) for preset in PRESETS}
+    vectors = {v for fmt in formats.values() for v in (fmt.key, fmt.value)}
+    distortion = {v: measure_distortion(v, head_dim) for v in vectors}
+    # fp8 here is e4m3 with a scale a vector, as k4v8 stores values; vLLM's fp8 has one a tensor.
+    fp8 = distortion[PRESETS["polarquant_k4v8"][1]]
+
+    def row(name: str, size: int, key: float, value: float) -> dict[str, Any]:
+        return {
+            "kv_cache_dtype": name,
+            "default": name == DEFAULT_PRESET,
+            "bytes_per_token_head": size,
+            "bits_per_element": size * 8 / (2 * head_dim),
+            "ratio": 4 * head_dim / size,
+            "key_distortion": key,
+            "value_distortion": value,
+        }
+
+    return [
+        row("auto", 4 * head_dim, 0.0, 0.0),
+        row("fp8", 2 * head_dim, fp8, fp8),
+        *(
+            row(preset, fmt.slot_bytes, distortion[fmt.key], distortion[fmt.value])
+            for preset, fmt in formats.items()
+        ),
+    ]
+
+
+@app.command()
+def formats(
+    head_dim: Annotated[int, typer.Option(help="Size of one head's key and value.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """List the --kv-cache-dtype names with their size and their distortion, measured now."""
+    try:
+        rows = format_rows(head_dim)
+    except UnsupportedFormat as error:
+        _fail(error)
+    if as_json:
+        typer.echo(json.dumps({"head_dim": head_dim, "formats": rows}, indent=2))
+        return
+    table = _table(
+        "--kv-cache-dtype",
+        "bytes per\nKV head",
+        "bits per\nelement",
+        "times\nsmaller",
+        "measured\nK error",
+        "measured\nV error",
+    )
+    for row in rows:
+        exact = row["kv_cache_dtype"] == "auto"
+        table.add_row(
+            row["kv_cache_dtype"] + (" (default)" if row["default"] else ""),
+            str(row["bytes_per_token_head"]),
+            f"{row['bits_per_element']:.3f}",
+            f"{row['ratio']:.2f}",
+            "-" if exact else f"{row['key_distortion']:.4f}",
+            "-" if exact else f"{row['value_distortion']:.4f}",
+        )
+    typer.echo(f"Sizes of one token's key and value at head_dim {head_dim}; auto is bf16 or fp16.")
+    Console().print(table)
+    typer.echo(
+        f"Errors: |x - x_hat|^2 / |x|^2, measured now on {SAMPLE_VECTORS} Gaussian vectors;\n"
+        "fp8 with one scale a vector. Values of 2 bits have an unbiased radius: the error\n"
+        "of one is larger than that of a key, that of an average over many smaller."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+@app.command()
+def check(
+    model: Annotated[Path, typer.Argument(help="Folder of a model, or its config.json.")],
+    kv_cache_dtype: Annotated[str, typer.Option(help="The preset to check.")] = DEFAULT_PRESET,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of a request; the config's own limit by default.")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that vLLM may use: GPU memory x --gpu-memory-utilization."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model can use a preset, why not, and how many tokens fit.
+
+    Exits with 0 if it can, 1 if it cannot and 2 if the input is wrong. Only config.json and the
+    sizes of the safetensors files are read.
+    """
+    if kv_cache_dtype not in PRESETS:
+        _fail(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
+    if max_model_len is not None and max_model_len <= 0:
+        _fail(f"--max-model-len {max_model_len} is not a positive number of tokens")
+    # Written so that NaN fails too.
+    if gpu_memory is not None and not 0 < gpu_memory < 1 << 20:
+        _fail(f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
+    try:
+        config = read_config(model)
+        problems = check_config(config, kv_cache_dtype)
+        shape = None if problems else read_shape(config)
+    except ConfigError as error:
+        _fail(error)
+
+    report: dict[str, Any] = {
+        "model": str(model),
+        "kv_cache_dtype": kv_cache_dtype,
+        "supported": not problems,
+        "problems": [{"feature": p.feature, "message": p.message} for p in problems],
+    }
+    if shape is None:
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            typer.echo(f"{kv_cache_dtype} is not supported for {model}:")
+            for problem in problems:
+                typer.echo(f"- {problem.feature}: {problem.message}")
+        raise typer.Exit(NOT_SUPPORTED)
+
+    length = max_model_len or shape.max_model_len
+    weights = weight_bytes(model, config) if gpu_memory is not None else None
+    kv_bytes = None if gpu_memory is None else int(gpu_memory * GIB) - (weights or 0)
+    if kv_bytes is not None and kv_bytes <= 0:
+        _fail(
+            f"the weights ({_gib(weights or 0)}) leave nothing of --gpu-memory {gpu_memory:g} for "
+            "the KV cache; give more, or check one GPU's share of a tensor-parallel model"
+        )
+    # A request takes whole blocks.
+    padded = length and -(-length // BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
+    rows: list[dict[str, Any]] = []
+    for name in ("auto", "fp8", kv_cache_dtype):
+        row: dict[str, Any] = {"kv_cache_dtype": name, "bytes_per_token": shape.token_bytes(name)}
+        if padded:
+            row["bytes_per_request"] = padded * shape.token_bytes(name)
+        if kv_bytes is not None:
+            row["tokens"] = tokens_that_fit(shape, name, kv_bytes)
+            if padded:
+                row["requests"] = round(row["tokens"] / padded, 2)
+        rows.append(row)
+    report |= {
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_model_len": length,
+        "weight_bytes": weights,
+        "kv_bytes": kv_bytes,
+        "capacity": rows,
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+
+    typer.echo(
+        f"{kv_cache_dtype} is supported for {model}: {shape.layers} layers, "
+        f"{shape.kv_heads} KV heads, head_dim {shape.head_dim}."
+    )
+    headers = {
+        "bytes_per_token": "bytes per\ntoken",
+        "bytes_per_request": f"request of\n{length:,} tokens" if length else "",
+        "tokens": "tokens\nthat fit",
+        "requests": "requests\nthat fit",
+    }
+    show: dict[str, Callable[[float], str]] = {
+        "bytes_per_token": "{:,}".format,
+        "bytes_per_request": _gib,
+        "tokens": "{:,}".format,
+        "requests": "{:,.2f}".format,
+    }
+    columns = [key for key in headers if key in rows[0]]
+    table = _table("--kv-cache-dtype", *(headers[key] for key in columns))
+    for row in rows:
+        cells = (show[key](row[key]) for key in columns)
+        table.add_row(row["kv_cache_dtype"], *cells)
+    Console().print(table)
+    if kv_bytes is not None and weights is not None:
+        typer.echo(
+            f"{_gib(kv_bytes)} for the KV cache: --gpu-memory less {_gib(weights)} of weights; "
+            "activations are not subtracted."
+        )
+    elif kv_bytes is not None:
+        typer.echo(
+            f"{_gib(kv_bytes)} for the KV cache: neither weights (no *.safetensors there) nor "
+            "activations are subtracted."
+        )
