@@ -1,0 +1,247 @@
+"""How kernels read a page: the same device functions for every preset, and the launchers' checks.
+
+A page (format.py) holds the codes and radii of one (block, kv head). Kernels see a vector's kind as
+one constexpr: the width of a pair's code for polar vectors, FP8 or RAW for the others.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_polarquant.format import RADIUS_POWER, PolarFormat, VectorFormat, dense_block_stride
+
+# decode_radius spells this power out.
+assert RADIUS_POWER == 9
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+FP8 = tl.constexpr(1)
+RAW = tl.constexpr(16)
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+# The interpreter multiplies bfloat16 as if its bits were integers.
+_UPCAST = tl.constexpr(INTERPRET)
+
+
+def vector_code(vector: VectorFormat) -> int:
+    """A vector's kind as kernels take it: its pair's code width, FP8 or RAW."""
+    return {"polar": vector.pair_bits, "fp8": FP8.value, "raw": RAW.value}[vector.kind]
+
+
+def page_constants(fmt: PolarFormat) -> dict[str, int]:
+    """A format as the constexpr arguments that every kernel over pages takes."""
+    return {
+        "HEAD_DIM": fmt.head_dim,
+        "HALF_PAD": triton.next_power_of_2(fmt.head_dim // 2),
+        "BLOCK_SIZE": fmt.block_size,
+        "PAGE_BYTES": fmt.page_bytes,
+        "KEY_CODE": vector_code(fmt.key),
+        "KEY_BYTES": fmt.key_bytes,
+        "KEY_RADIUS_OFFSET": fmt.key_radius_offset,
+        "VALUE_CODE": vector_code(fmt.value),
+        "VALUE_BYTES": fmt.value_bytes,
+        "VALUE_OFFSET": fmt.value_offset,
+        "VALUE_RADIUS_OFFSET": fmt.value_radius_offset,
+    }
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_heads(name: str, x: torch.Tensor, head_dim: int) -> None:
+    """Raise ValueError unless x is a 16-bit float [tokens, heads, head_dim], last dim dense."""
+    check(
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.dim() == 3
+        and x.shape[2] == head_dim
+        and x.stride(2) == 1,
+        f"{name} must be bfloat16 or float16 [tokens, heads, {head_dim}] with a dense last dim, "
+        f"got {x.dtype} {list(x.shape)} with strides {list(x.stride())}",
+    )
+
+
+def check_int(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError unless x has this shape (-1: any size) and dtype and a dense last dim."""
+    check(
+        x.dtype == dtype
+        and x.dim() == len(shape)
+        and all(want in (-1, have) for want, have in zip(shape, x.shape, strict=True))
+        and (x.shape[-1] <= 1 or x.stride(-1) == 1),
+        f"{name} must be {dtype} {list(shape)} with a dense last dim, got {x.dtype} "
+        f"{list(x.shape)} with strides {list(x.stride())}",
+    )
+
+
+def check_cache(cache: torch.Tensor, fmt: PolarFormat) -> int:
+    """Bytes from one block to the next; ValueError unless cache is uint8 with dense blocks."""
+    check(
+        cache.dtype == torch.uint8 and cache.dim() == 4,
+        f"cache must be uint8 [B, H, N, slot_bytes], got {cache.dtype} {list(cache.shape)}",
+    )
+    return dense_block_stride(cache, fmt)
+
+
+@triton.jit
+def page_pointers(
+    cache,
+    block_table,
+    tokens,
+    valid,
+    head,
+    block_stride,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+):
+    """Pointers to the pages of int32 positions `tokens`, in a request's row of the block table.
+
+    An invalid position gets the page of block 0, so that its codes can be loaded without a mask.
+    """
+    block = tl.load(block_table + tokens // BLOCK_SIZE, mask=valid, other=0)
+    return cache + block.to(tl.int64) * block_stride + head.to(tl.int64) * PAGE_BYTES
+
+
+@triton.jit
+def decode_radius(stored):
+    """Radii float32 of stored float16: a negative one is minus the root of what it stands for."""
+    radius = stored.to(tl.float32)
+    power = radius * radius
+    power *= power
+    power *= power * -radius
+    # Rounding the root up can carry its power past float32's range.
+    return tl.where(radius >= 0, radius, tl.minimum(power, FLOAT32_MAX))
+
+
+@triton.jit
+def load_radius(pages, slots, valid, OFFSET: tl.constexpr):
+    """Radii float32 of `slots` of their pages; 0 where not valid."""
+    radii = (pages + OFFSET).to(tl.pointer_type(tl.float16))
+    return decode_radius(tl.load(radii + slots, mask=valid, other=0.0))
+
+
+@triton.jit
+def _decode_fp8(code, DTYPE: tl.constexpr):
+    # e4m3's bits are a float16's, seven places up, of a number 256 times smaller.
+    code = code.to(tl.int16)
+    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    return (bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DTYPE)
+
+
+@triton.jit
+def _load(pointers, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def _load_six_bit_codes(rows, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """As _load_codes for rows of whole 32-bit words.
+
+    A code may straddle two words, never one of the windows of 32 bits that start at every 16th.
+    """
+    ROWS: tl.constexpr = rows.shape[0]
+    WORDS: tl.constexpr = HALF * 6 // 32
+    WORDS_PAD: tl.constexpr = HALF_PAD // 4
+    word = tl.arange(0, WORDS_PAD)
+    pointers = rows.to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
+    here = tl.load(pointers, mask=(word < WORDS)[None, :], other=0)
+    after = tl.load(pointers + 1, mask=(word + 1 < WORDS)[None, :], other=0)
+    windows = tl.reshape(tl.join(here, (here >> 16) | (after << 16)), [ROWS * WORDS_PAD * 2])
+    flat = tl.arange(0, ROWS * HALF_PAD)
+    bit = flat % HALF_PAD * 6
+    # Codes past HALF read some window of their row.
+    window = tl.minimum(bit // 16, WORDS_PAD * 2 - 1) + flat // HALF_PAD * (WORDS_PAD * 2)
+    codes = (tl.gather(windows, window, 0) >> (bit % 16).to(tl.uint32)) & 63
+    return tl.reshape(codes.to(tl.int32), [ROWS, HALF_PAD])
+
+
+@triton.jit
+def _load_codes(rows, WIDTH: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Codes int32 [rows, HALF_PAD] of a little-endian bit stream; code 0 past HALF."""
+    if WIDTH == 6 and HALF % 16 == 0:
+        return _load_six_bit_codes(rows, HALF, HALF_PAD)
+    # A group is the fewest codes that fill whole bytes.
+    GROUP: tl.constexpr = 1 if WIDTH == 8 else (2 if WIDTH == 4 else (4 if WIDTH == 6 else 8))
+    GROUP_BYTES: tl.constexpr = GROUP * WIDTH // 8
+    group = tl.arange(0, HALF_PAD // GROUP)
+    inside = (group < HALF // GROUP)[None, :]
+    pointers = rows[:, None] + group[None, :] * GROUP_BYTES
+    if GROUP == 1:
+        codes = _load(pointers, inside, HALF == HALF_PAD).to(tl.int32)
+    else:
+        word = _load(pointers, inside, HALF == HALF_PAD).to(tl.int64 if GROUP == 8 else tl.int32)
+        for i in tl.static_range(1, GROUP_BYTES):
+            word |= _load(pointers + i, inside, HALF == HALF_PAD).to(word.dtype) << (8 * i)
+        shifts = (tl.arange(0, GROUP) * WIDTH).to(word.dtype)
+        codes = (word[:, :, None] >> shifts[None, None, :]).to(tl.int32) & ((1 << WIDTH) - 1)
+        codes = tl.reshape(codes, [rows.shape[0], HALF_PAD])
+    return codes
+
+
+@triton.jit
+def load_lut(lut, CODE: tl.constexpr, COPIES: tl.constexpr):
+    """A vector's table as the registers that load_unit takes: each point COPIES times in a row."""
+    if CODE != RAW and CODE != FP8:
+        return tl.load(lut + tl.arange(0, (1 << CODE) * COPIES) // COPIES)
+    else:
+        return tl.zeros([1], tl.int32)
+
+
+@triton.jit
+def load_unit(
+    rows,
+    valid,
+    lut,
+    CODE: tl.constexpr,
+    COPIES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Decode vectors before radius and rotation: pointers to their codes -> x, y [rows, HALF_PAD].
+
+    x holds dims j and y dims j + HEAD_DIM / 2, in DTYPE. Past HEAD_DIM / 2 polar vectors hold some
+    point, so the other operand must be 0 there or the result unused. Rows not valid hold finite
+    numbers.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    if CODE != RAW and CODE != FP8:
+        codes = _load_codes(rows, CODE, HALF, HALF_PAD)
+        # A lookup in shared memory takes two instructions, one in global memory five or more. A
+        # thread loads 16 codes at a time: with copies, neighbours read from different banks.
+        flat = tl.reshape(codes, [codes.shape[0] * HALF_PAD])
+        if COPIES > 1:
+            lane = tl.arange(0, codes.shape[0] * HALF_PAD) // 16
+            flat = flat * COPIES + lane % COPIES
+        point = tl.reshape(tl.gather(lut, flat, 0), [codes.shape[0], HALF_PAD])
+        x = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+        y = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        pair = tl.arange(0, HALF_PAD)
+        inside = (pair < HALF)[None, :]
+        if CODE == RAW:
+            # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
+            values = rows.to(tl.pointer_type(DTYPE))[:, None] + pair[None, :]
+            x = tl.load(values, mask=inside & valid[:, None], other=0.0)
+            y = tl.load(values + HALF, mask=inside & valid[:, None], other=0.0)
+        else:
+            codes = rows[:, None] + pair[None, :]
+            x = _decode_fp8(_load(codes, inside, HALF == HALF_PAD), DTYPE)
+            y = _decode_fp8(_load(codes + HALF, inside, HALF == HALF_PAD), DTYPE)
+    return x, y
+
+
+@triton.jit
+def dot(a, b):
+    """The product in float32 of operands in a 16-bit type."""
+    if _UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b)
