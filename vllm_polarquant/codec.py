@@ -93,7 +93,9 @@ def unpack(packed: torch.Tensor, pair_bits: int) -> torch.Tensor:
 def encode_radius(radius: torch.Tensor) -> torch.Tensor:
     """Radii float32 >= 0 as float16 of the same shape; see RADIUS_POWER."""
     plain = ((radius >= RADIUS_MIN) & (radius <= RADIUS_MAX)) | (radius == 0)
-    return torch.where(plain, radius, -radius.pow(1 / RADIUS_POWER)).half()
+    # The ninth power of a root that was rounded up must stay finite.
+    root = radius.clamp_max(3.38e38).pow(1 / RADIUS_POWER)
+    return torch.where(plain, radius, -root).half()
 
 
 def decode_radius(radius: torch.Tensor) -> torch.Tensor:
@@ -170,8 +172,7 @@ def encode(
         # Codes are taken against the stored radius, so that its rounding adds no error.
         unit = y * (amax / decode_radius(radius).clamp_min(1e-38))[..., None]
         codes = unit.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    zero = torch.zeros_like(codes)
-    return radius, torch.where(usable[..., None], codes, zero)
+    return torch.where(usable, radius, 0), torch.where(usable[..., None], codes, 0)
 
 
 def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
