@@ -1,0 +1,1 @@
+"""Evaluations that run a real vLLM engine: the demo, and the accuracy and speed measurements."""
