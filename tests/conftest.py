@@ -1,0 +1,35 @@
+"""Kernel tests run compiled on an NVIDIA GPU and under Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Triton decides when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# pytest's importlib mode leaves the helpers beside the tests unimportable.
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a kernel test runs: on the CPU, interpreted, or compiled on a GPU."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if request.param == "interpreter":
+        if not interpreted:
+            pytest.skip("the kernels are compiled here, set TRITON_INTERPRET=1 to interpret them")
+        return torch.device("cpu")
+    if interpreted or not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and compiled kernels")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,110 @@
+"""Inputs of the kernel tests: caches of every layout, and batches with garbage around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_polarquant import reference
+from vllm_polarquant.codec import Tables, tables
+from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS, PolarFormat
+
+ALL_PRESETS = (*PRESETS, LOSSLESS)
+ALL_FORMATS = [(preset, dim) for preset in ALL_PRESETS for dim in HEAD_DIMS]
+LAYOUTS = [("LBHNC", 16), ("LBNHC", 32), ("BLHNC", 48), ("BLNHC", 128)]
+"""vLLM's KV cache layouts, each with another block size."""
+DTYPES = (torch.bfloat16, torch.float16)
+
+OUT_OF_RANGE_BLOCK = 1 << 30
+"""Fills the unused part of block tables: a kernel that follows it crashes."""
+
+
+def attention_tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative error of attention whose operands and result are rounded to `dtype`.
+
+    Query, points, probabilities and output are each off by up to 2**-9 (bfloat16) or 2**-12
+    (float16), about a third of that in the mean square. Triton's interpreter truncates to bfloat16.
+    """
+    if dtype == torch.float16:
+        return 1e-3
+    return 1.2e-2 if device.type == "cpu" else 6e-3
+
+
+def relative_error(have: torch.Tensor, want: torch.Tensor) -> float:
+    """|have - want| / |want| of all elements together; NaN if have holds any."""
+    have, want = have.double(), want.double()
+    return ((have - want).norm() / want.norm()).item()
+
+
+def vectors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random vectors that are as uneven as keys: one large channel and lengths that differ."""
+    x = torch.randn(shape, device=device)
+    x[..., 3] *= 8
+    return (x * torch.rand(*shape[:-1], 1, device=device).add(0.1)).to(dtype)
+
+
+def empty_cache(
+    fmt: PolarFormat, blocks: int, heads: int, device: torch.device, layout: str = "LBHNC"
+) -> torch.Tensor:
+    """A cache [B, H, N, slot_bytes] of 0xFF, the middle one of three layers' in vLLM's `layout`."""
+    sizes = {"L": 3, "B": blocks, "H": heads, "N": fmt.block_size, "C": fmt.slot_bytes}
+    memory = torch.full([sizes[dim] for dim in layout], 0xFF, dtype=torch.uint8, device=device)
+    return memory.permute([layout.index(dim) for dim in "LBHNC"])[1]
+
+
+@dataclass
+class Batch:
+    """Requests whose keys and values the reference has stored."""
+
+    fmt: PolarFormat
+    tables: Tables
+    cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    query: torch.Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.fmt.head_dim**-0.5
+
+
+def make_batch(
+    fmt: PolarFormat,
+    seq_lens: list[int],
+    query_lens: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    heads: int = 2,
+    group: int = 2,
+    layout: str = "LBHNC",
+    padding: int = 0,
+) -> Batch:
+    """Store seq_lens[r] tokens for each request in scattered blocks; `padding` more query rows."""
+    needed = [-(-length // fmt.block_size) for length in seq_lens]
+    blocks = 1 + sum(needed)
+    cache = empty_cache(fmt, blocks, heads, device, layout)
+    shuffled = (torch.randperm(blocks - 1) + 1).tolist()
+    wide = torch.full(
+        (len(seq_lens), max(needed) + 5), OUT_OF_RANGE_BLOCK, dtype=torch.int32, device=device
+    )
+    block_table = wide[:, : max(needed) + 2]
+    for request, length in enumerate(seq_lens):
+        mine = torch.tensor([shuffled.pop() for _ in range(needed[request])], device=device)
+        block_table[request, : len(mine)] = mine
+        position = torch.arange(length, device=device)
+        slots = mine[position // fmt.block_size].long() * fmt.block_size if length else position
+        key, value = (vectors((length, heads, fmt.head_dim), dtype, device) for _ in "kv")
+        reference.store_kv(key, value, cache, slots + position % fmt.block_size, fmt)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    tokens = int(starts[-1]) + padding
+    return Batch(
+        fmt,
+        tables(fmt, dtype, device),
+        cache,
+        block_table,
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        starts.to(device),
+        torch.randn(tokens, heads * group, fmt.head_dim, device=device).to(dtype),
+    )

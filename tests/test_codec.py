@@ -1,0 +1,486 @@
+"""The codec against float64 geometry and integer arithmetic of its own; they share spiral.json."""
+
+import json
+import math
+from importlib.resources import files
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vllm_polarquant
+from vllm_polarquant.codebook import spiral_radii
+from vllm_polarquant.codec import (
+    PolarQuant,
+    codebook,
+    decode,
+    decode_radius,
+    decode_unit,
+    encode,
+    encode_radius,
+    nearest,
+    pack,
+    rotation,
+    tables,
+    unpack,
+)
+from vllm_polarquant.format import (
+    BITS,
+    HEAD_DIMS,
+    MIN_FIT_GAIN,
+    PRESETS,
+    SCALES,
+    PolarFormat,
+    UnsupportedFormat,
+    VectorFormat,
+)
+
+# At d = 128, by the bits stored a coordinate with the radius counted: what the format promises.
+DISTORTION = {2.125: 0.112, 2.625: 0.059, 3.125: 0.0305, 3.625: 0.0156, 4.125: 0.0079}
+GAINS = ("norm", "unbiased", "fit")
+# float16 keeps 11 bits of a radius in its usual range, and 1 % outside it.
+RADIUS_ERROR, WIDE_RADIUS_ERROR = 2**-11, 0.01
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+SPIRAL = json.loads((files(vllm_polarquant) / "spiral.json").read_text())
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distortion(x: torch.Tensor, x_hat: torch.Tensor) -> float:
+    return float((x_hat - x).double().square().sum() / x.double().square().sum())
+
+
+def to_bfloat16(value: float) -> float:
+    """Rounded to eight significant bits, ties to even."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * 256), exponent - 8)
+
+
+def spiral_points(pair_bits: int) -> torch.Tensor:
+    """Code t at angle t * pi * (3 - sqrt 5), rounded to bfloat16: float64 [n, 2]."""
+    turn = math.pi * (3 - math.sqrt(5))
+    radii = SPIRAL[str(2**pair_bits)]
+    points = [(r * math.cos(t * turn), r * math.sin(t * turn)) for t, r in enumerate(radii)]
+    rounded = [(to_bfloat16(x), to_bfloat16(y)) for x, y in points]
+    return torch.tensor(rounded, dtype=torch.float64)
+
+
+def bit_stream(codes: list[int], width: int) -> bytes:
+    """The codes as one little-endian integer of len(codes) * width bits."""
+    number = sum(code << (i * width) for i, code in enumerate(codes))
+    return number.to_bytes(len(codes) * width // 8, "little")
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_rotation_is_orthogonal(d):
+    identity = torch.eye(d, dtype=torch.float64)
+    for seed in (42, 7):
+        matrix = rotation(d, seed)
+        assert matrix.dtype == torch.float64
+        assert (matrix @ matrix.T - identity).abs().max() < 1e-6
+    assert not torch.equal(rotation(d, 42), rotation(d, 7))
+
+
+@pytest.mark.parametrize(
+    ("d", "row", "corner", "total"),
+    [
+        (64, [-0.125, 0.125, 0.125, 0.125], -0.125, -8.0),
+        (
+            96,
+            [0.0779744856, 0.1266647082, 0.0955302638, 0.0779744856],
+            0.0518982290,
+            9.8205426236,
+        ),
+        (
+            80,
+            [0.1418214009, -0.0664272758, 0.1441350208, 0.0793116736],
+            0.1441350208,
+            -7.2623716454,
+        ),
+    ],
+)
+def test_rotation_is_the_one_that_pages_were_written_with(d, row, corner, total):
+    matrix = rotation(d)
+    assert matrix[0, :4].tolist() == pytest.approx(row, abs=1e-9)
+    assert matrix[5, 7].item() == pytest.approx(corner, abs=1e-9)
+    assert matrix.sum().item() == pytest.approx(total, abs=1e-7)
+
+
+def test_rotation_spreads_every_coordinate():
+    for d in HEAD_DIMS:
+        assert rotation(d).abs().max() < 0.36
+
+
+@pytest.mark.parametrize("pair_bits", range(4, 9))
+def test_codebook_is_the_golden_angle_spiral(pair_bits):
+    points = spiral_points(pair_bits)
+    assert len(points) == 2**pair_bits
+    assert torch.equal(codebook(pair_bits).double(), points)
+
+
+def test_spiral_file_is_what_the_generator_makes():
+    assert SPIRAL["16"] == pytest.approx(spiral_radii(16).tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_the_nearest_points(bits):
+    x = gaussian(40, 96, seed=3)
+    vector = VectorFormat("polar", bits)
+    points = spiral_points(vector.pair_bits)
+    _, packed = encode(x, vector)
+    codes = unpack(packed, vector.pair_bits)
+    rotated = x.double() @ rotation(96).T
+    unit = rotated / rotated.norm(dim=-1, keepdim=True) * math.sqrt(96)
+    pairs = torch.stack([unit[:, :48], unit[:, 48:]], -1)
+
+    def cosine(chosen: torch.Tensor) -> torch.Tensor:
+        return (points[chosen] * pairs).sum((1, 2)) / points[chosen].square().sum((1, 2)).sqrt()
+
+    best = torch.full((40,), -math.inf, dtype=torch.float64)
+    matches = torch.zeros(40, dtype=torch.bool)
+    for scale in SCALES.get(bits, (1.0,)):
+        distance = (pairs[:, :, None] * scale - points).square().sum(-1)
+        ours = distance.gather(-1, codes[..., None]).squeeze(-1)
+        # float32 may resolve a near tie the other way.
+        matches |= (ours - distance.amin(-1) < 1e-5).all(-1)
+        best = torch.maximum(best, cosine(distance.argmin(-1)))
+    assert matches.all()
+    assert (best - cosine(codes)).max() < 1e-4
+
+
+def test_nearest_in_parts_is_nearest_at_once(monkeypatch):
+    pairs, points = gaussian(7, 11, 2), codebook(6)
+    whole = nearest(pairs, points)
+    assert whole.shape == (7, 11)
+    monkeypatch.setattr("vllm_polarquant.codec._ENCODE_SCRATCH", 10 * 64)
+    assert torch.equal(nearest(pairs, points), whole)
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_decode_in_float64(bits, d):
+    vector = VectorFormat("polar", bits)
+    codes = torch.randint(
+        2**vector.pair_bits, (3, d // 2), generator=torch.Generator().manual_seed(1)
+    )
+    packed = torch.tensor([list(bit_stream(row, vector.pair_bits)) for row in codes.tolist()])
+    radius = torch.tensor([1.0, 0.5, 12.0]).half()
+    pairs = spiral_points(vector.pair_bits)[codes]
+    expected = (
+        torch.cat([pairs[..., 0], pairs[..., 1]], -1) @ rotation(d) * radius.double()[:, None]
+    )
+    x_hat = decode(radius, packed.to(torch.uint8), vector)
+    assert x_hat.dtype == torch.float32
+    assert (x_hat - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_distortion_at_128(bits):
+    codec = PolarQuant(128, bits)
+    x = gaussian(4096, 128, seed=1)
+    assert (
+        distortion(x, codec.decompress(*codec.compress(x))) <= DISTORTION[codec.bits_per_element()]
+    )
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("bits", BITS)
+def test_distortion_of_any_vector(bits, d):
+    """After the rotation, a vector of one coordinate or of equal ones is as good as another."""
+    codec = PolarQuant(d, bits)
+    x = torch.cat([gaussian(64, d), torch.eye(d), torch.ones(1, d), gaussian(64, d).exp()])
+    x_hat = codec.decompress(*codec.compress(x))
+    assert distortion(x, x_hat) < 1.1 * DISTORTION[bits + 0.125]
+
+
+def test_distortion_of_fp8_and_raw():
+    x = gaussian(256, 128)
+    fp8 = VectorFormat("fp8", 8)
+    assert distortion(x, decode(*encode(x, fp8), fp8)) < 0.001
+    raw = VectorFormat("raw", 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        stored = x.to(dtype)
+        stored[0, 0] = math.nan
+        x_hat = decode(*encode(stored, raw), raw, dtype)
+        assert torch.equal(x_hat[1:], stored[1:].float())
+        assert x_hat[0].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (5,), (2, 3), (2, 0, 3), (2, 1, 3, 4)])
+@pytest.mark.parametrize("bits", BITS)
+def test_leading_dims(bits, shape):
+    codec = PolarQuant(80, bits)
+    x = gaussian(*shape, 80)
+    radius, codes = codec.compress(x)
+    assert (radius.shape, radius.dtype) == (shape, torch.float16)
+    assert (codes.shape, codes.dtype) == ((*shape, codec.code_bytes), torch.uint8)
+    x_hat = codec.decompress(radius, codes)
+    assert (x_hat.shape, x_hat.dtype) == (x.shape, torch.float32)
+    # A vector is stored alike alone and in a batch.
+    alone = codec.compress(x.reshape(-1, 80)[:1])
+    assert torch.equal(alone[1], codes.reshape(-1, codec.code_bytes)[:1])
+    assert torch.equal(alone[0], radius.reshape(-1)[:1])
+
+
+def test_strided_input():
+    codec = PolarQuant(64, 4)
+    x = gaussian(6, 128)[::2, 64:]
+    radius, codes = codec.compress(x)
+    expected = codec.compress(x.contiguous())
+    assert torch.equal(radius, expected[0])
+    assert torch.equal(codes, expected[1])
+
+
+@pytest.mark.parametrize("vector", {v for pair in PRESETS.values() for v in pair}, ids=str)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_zero_is_zero(vector, d):
+    radius, codes = encode(torch.zeros(3, d), vector)
+    assert not radius.any()
+    assert not codes.any()
+    assert not decode(radius, codes, vector).any()
+
+
+def hard_vectors(d: int) -> dict[str, torch.Tensor]:
+    vectors = {
+        "float32 denormals": gaussian(d) * 1e-39,
+        "smallest float32": torch.full((d,), 1e-44),
+        "one huge coordinate": gaussian(d).index_fill(0, torch.tensor(3), 3e38),
+        "only one coordinate": torch.zeros(d).index_fill(0, torch.tensor(3), -5.0),
+        "60,000 and 6e-8": torch.tensor([60000.0, 6e-8]).repeat(d // 2).half(),
+        "large": gaussian(d).clamp(-3, 3) * 1e38,
+    }
+    for dtype in (torch.bfloat16, torch.float16):
+        limits = torch.finfo(dtype)
+        vectors[f"smallest {dtype}"] = torch.full((d,), limits.smallest_normal, dtype=dtype)
+        vectors[f"half the largest {dtype}"] = torch.full((d,), limits.max / 2).to(dtype)
+    return vectors
+
+
+@pytest.mark.parametrize(
+    "vector", [*(VectorFormat("polar", b) for b in BITS), VectorFormat("fp8", 8)]
+)
+@pytest.mark.parametrize("name", hard_vectors(64))
+def test_hard_vectors_keep_their_norm(vector, name):
+    for d in (64, 112):
+        x = hard_vectors(d)[name]
+        x_hat = decode(*encode(x, vector), vector)
+        assert x_hat.isfinite().all()
+        # e4m3 keeps four bits of each coordinate, and a constant vector errs the same way in all.
+        rel = 2**-4 if vector.kind == "fp8" else 0.02
+        assert float(x_hat.double().norm()) == pytest.approx(float(x.double().norm()), rel=rel)
+
+
+@pytest.mark.parametrize("value", [FLOAT32_MAX, torch.finfo(torch.bfloat16).max, 65504.0])
+def test_largest_vectors_stay_finite(value):
+    for d in HEAD_DIMS:
+        x = torch.full((d,), value) * gaussian(d).sign()
+        for vector in (
+            VectorFormat("polar", 2, "unbiased"),
+            VectorFormat("polar", 4),
+            VectorFormat("fp8", 8),
+        ):
+            x_hat = decode(*encode(x, vector), vector)
+            assert x_hat.isfinite().all()
+            assert torch.nn.functional.cosine_similarity(x_hat / value, x / value, dim=0) > 0.9
+
+
+@pytest.mark.parametrize("vector", {v for pair in PRESETS.values() for v in pair}, ids=str)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_become_zero(vector, poison):
+    clean = gaussian(4, 3, 128)
+    expected = encode(clean, vector)
+    x = clean.clone()
+    x[1, 2, 77] = poison
+    x[3, 0] = poison
+    radius, codes = encode(x, vector)
+    untouched = torch.ones(4, 3, dtype=torch.bool)
+    for hit in ((1, 2), (3, 0)):
+        assert radius[hit] == 0
+        assert not codes[hit].any()
+        assert not decode(radius, codes, vector)[hit].any()
+        untouched[hit] = False
+    assert torch.equal(radius[untouched], expected[0][untouched])
+    assert torch.equal(codes[untouched], expected[1][untouched])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gains(bits):
+    x = gaussian(200, 128).double()
+    square = x.square().sum(-1)
+    x_hat = {}
+    for gain in GAINS:
+        vector = VectorFormat("polar", bits, gain)
+        x_hat[gain] = decode(*encode(x, vector), vector).double()
+    # Gains share the codes, so the decoded directions are the same.
+    cosine = (x * x_hat["norm"]).sum(-1) / square.sqrt() / x_hat["norm"].norm(dim=-1)
+
+    def kept(gain: str) -> torch.Tensor:
+        return x_hat[gain].norm(dim=-1) / square.sqrt()
+
+    assert (kept("norm") - 1).abs().max() < 1.1 * RADIUS_ERROR
+    assert ((x * x_hat["unbiased"]).sum(-1) / square - 1).abs().max() < 1.1 * RADIUS_ERROR
+    assert (kept("fit") / cosine.clamp_min(MIN_FIT_GAIN) - 1).abs().max() < 1.1 * RADIUS_ERROR
+    assert MIN_FIT_GAIN == 0.981
+
+
+def test_radius_over_the_whole_range():
+    # Without the last 1 %, where rounding up would leave float32.
+    radius = torch.logspace(-37.9, 38.52, 20000, dtype=torch.float64).float()
+    radius = radius[radius < 0.99 * FLOAT32_MAX]
+    stored = encode_radius(radius)
+    assert stored.dtype == torch.float16
+    error = (decode_radius(stored).double() / radius.double() - 1).abs()
+    assert error.max() < WIDE_RADIUS_ERROR
+    usual = (radius >= 2**-13) & (radius <= 60000)
+    assert error[usual].max() <= RADIUS_ERROR
+    assert (stored >= 0).eq(usual).all()
+    assert not encode_radius(torch.zeros(1)).any()
+    assert not decode_radius(torch.zeros(1).half()).any()
+
+
+def test_radius_of_denormals():
+    radius = torch.logspace(-44, -38, 500, dtype=torch.float64).float()
+    decoded = decode_radius(encode_radius(radius)).double()
+    # A denormal's own spacing is 1.4e-45.
+    assert ((decoded - radius).abs() <= WIDE_RADIUS_ERROR * radius.double() + 3e-45).all()
+
+
+@st.composite
+def code_streams(draw: st.DrawFn) -> tuple[list[int], int]:
+    width = draw(st.integers(4, 8))
+    count = 8 * draw(st.integers(1, 16))
+    codes = st.integers(0, 2**width - 1)
+    return draw(st.lists(codes, min_size=count, max_size=count)), width
+
+
+@given(code_streams())
+@settings(max_examples=200, deadline=None)
+def test_pack_is_a_little_endian_bit_stream(stream):
+    codes, width = stream
+    packed = pack(torch.tensor(codes), width)
+    assert packed.dtype == torch.uint8
+    assert bytes(packed.tolist()) == bit_stream(codes, width)
+    assert unpack(packed, width).tolist() == codes
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_unpack_reads_any_bytes(data):
+    width = data.draw(st.integers(4, 8))
+    groups = data.draw(st.integers(1, 8))
+    raw = data.draw(st.binary(min_size=width * groups, max_size=width * groups))
+    number = int.from_bytes(raw, "little")
+    codes = unpack(torch.tensor(list(raw), dtype=torch.uint8), width)
+    assert codes.tolist() == [number >> (i * width) & (2**width - 1) for i in range(8 * groups)]
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=64, max_size=64),
+    st.sampled_from(sorted(BITS)),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_floats_come_back_finite(values, bits):
+    codec = PolarQuant(64, bits)
+    x = torch.tensor(values)
+    x_hat = codec.decompress(*codec.compress(x))
+    assert x_hat.isfinite().all()
+    if not x.isfinite().all():
+        assert not x_hat.any()
+
+
+def test_seed_changes_the_codes_and_is_needed_to_read_them():
+    x = gaussian(16, 128)
+    one, two = PolarQuant(128, 4, seed=1), PolarQuant(128, 4, seed=2)
+    assert not torch.equal(one.compress(x)[1], two.compress(x)[1])
+    assert torch.equal(one.compress(x)[1], PolarQuant(128, 4, seed=1).compress(x)[1])
+    assert distortion(x, two.decompress(*one.compress(x))) > 0.5
+
+
+def test_bytes_are_stable():
+    """The bytes that FORMAT_VERSION 1 stands for."""
+    x = torch.tensor([(37 * i) % 64 - 31.5 for i in range(64)])
+    for bits, stored in (
+        (2, "20.25 433d329300a12a0391b34452930185ba"),
+        (3, "18.734375 18f32e0a849900e07cdf0102c65ab6117368a547545af9b5"),
+        (4, "18.390625 7143aa2d413a4f8c050838788529570d1bbb93b03b3b1c5193840c5966a078bd"),
+    ):
+        radius, codes = PolarQuant(64, bits).compress(x)
+        assert f"{radius.item()} {bytes(codes.tolist()).hex()}" == stored
+
+
+@pytest.mark.parametrize("d", [0, 63, 100, 512])
+def test_unknown_d(d):
+    with pytest.raises(UnsupportedFormat, match=rf"d = {d} is not one of 64, 80, 96"):
+        PolarQuant(d, 4)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2.25, 5, 8])
+def test_unknown_bits(bits):
+    with pytest.raises(
+        UnsupportedFormat, match=rf"bits = {bits} is not one of 2, 2\.5, 3, 3\.5, 4"
+    ):
+        PolarQuant(64, bits)
+
+
+def test_wrong_arguments():
+    codec = PolarQuant(64, 4)
+    for x in (torch.zeros(64, dtype=torch.int32), torch.zeros(3, 65), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"expected floats \[\.\.\., 64\], got"):
+            codec.compress(x)
+    radius, codes = codec.compress(gaussian(3, 64))
+    for r, c in ((radius[:2], codes), (radius, codes[:, :-1]), (radius, codes.int())):
+        with pytest.raises(ValueError, match=r"expected codes uint8 \[\.\.\., 32\]"):
+            codec.decompress(r, c)
+
+
+@pytest.mark.parametrize(
+    ("d", "bits", "stored"), [(128, 2, 2.125), (64, 3.5, 3.75), (256, 4, 4.0625)]
+)
+def test_bits_per_element(d, bits, stored):
+    codec = PolarQuant(d, bits)
+    assert codec.bits_per_element() == stored
+    radius, codes = codec.compress(gaussian(5, d))
+    assert (radius.nbytes + codes.nbytes) * 8 / (5 * d) == stored
+
+
+def test_library_is_reachable_from_the_package():
+    assert vllm_polarquant.PolarQuant is PolarQuant
+    with pytest.raises(AttributeError, match="no attribute 'polar'"):
+        _ = vllm_polarquant.polar
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tables_hold_the_codec(dtype):
+    fmt = PolarFormat("polarquant_k4v3", 96, 16)
+    held = tables(fmt, dtype, torch.device("cpu"))
+    assert (held.rotation.double() - rotation(96)).abs().max() < 1e-6
+    for points, lut, vector in (
+        (held.key_points, held.key_lut, fmt.key),
+        (held.value_points, held.value_lut, fmt.value),
+    ):
+        assert torch.equal(points, codebook(vector.pair_bits))
+        low, high = lut & 0xFFFF, lut >> 16 & 0xFFFF
+        pairs = torch.stack([low, high], -1).to(torch.uint16).view(dtype)
+        assert torch.equal(pairs, points.to(dtype))
+
+
+def test_tables_of_formats_without_codes():
+    held = tables(PolarFormat("polarquant_k4v8", 64, 16), torch.bfloat16, torch.device("cpu"))
+    assert held.value_points.shape == (1, 2)
+    lossless = tables(
+        PolarFormat("polarquant_lossless", 64, 16), torch.bfloat16, torch.device("cpu")
+    )
+    assert torch.equal(lossless.rotation, torch.eye(64))
+
+
+def test_decode_unit_is_decode_before_radius_and_rotation():
+    x = gaussian(9, 128)
+    for vector in (VectorFormat("polar", 3), VectorFormat("fp8", 8)):
+        radius, codes = encode(x, vector)
+        unit = decode_unit(codes, vector, torch.bfloat16)
+        rebuilt = unit.double() @ rotation(128) * decode_radius(radius).double()[:, None]
+        assert (decode(radius, codes, vector) - rebuilt).abs().max() < 1e-5

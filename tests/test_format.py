@@ -1,0 +1,164 @@
+"""The page's arithmetic, against numbers written by hand."""
+
+import itertools
+
+import pytest
+import torch
+
+from vllm_polarquant.format import (
+    BITS,
+    DEFAULT_PRESET,
+    HEAD_DIMS,
+    LOSSLESS,
+    PRESETS,
+    PolarFormat,
+    UnsupportedFormat,
+    VectorFormat,
+    dense_block_stride,
+    is_polar_dtype,
+)
+
+# Bytes of one token in one kv head. A vector of d coordinates takes d/4 bytes at 2 bits, 3d/8 at 3,
+# d/2 at 4 and d at 8; the two radii take 4.
+SLOT_BYTES = {
+    #                   64   80   96  112  128  192  256
+    "polarquant_k4v8": (100, 124, 148, 172, 196, 292, 388),
+    "polarquant_k4v4": (68, 84, 100, 116, 132, 196, 260),
+    "polarquant_k4v3": (60, 74, 88, 102, 116, 172, 228),
+    "polarquant_k3v3": (52, 64, 76, 88, 100, 148, 196),
+    "polarquant_k3v2": (44, 54, 64, 74, 84, 124, 164),
+    "polarquant_k2v2": (36, 44, 52, 60, 68, 100, 132),
+    LOSSLESS: (260, 324, 388, 452, 516, 772, 1028),
+}
+EVERY_FORMAT = [
+    PolarFormat(preset, head_dim, block_size)
+    for preset, head_dim, block_size in itertools.product(SLOT_BYTES, HEAD_DIMS, (16, 48))
+]
+
+
+def test_every_preset_has_pinned_bytes():
+    assert set(SLOT_BYTES) == {*PRESETS, LOSSLESS}
+    assert HEAD_DIMS == (64, 80, 96, 112, 128, 192, 256)
+    assert DEFAULT_PRESET in PRESETS
+
+
+@pytest.mark.parametrize("preset", SLOT_BYTES)
+def test_slot_bytes(preset):
+    sizes = tuple(PolarFormat(preset, d, 16).slot_bytes for d in HEAD_DIMS)
+    assert sizes == SLOT_BYTES[preset]
+
+
+@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=lambda fmt: fmt.cache_id)
+def test_page_has_no_gaps(fmt):
+    tokens = fmt.block_size
+    end = 0
+    for start, size in (
+        (0, tokens * fmt.key_bytes),
+        (fmt.value_offset, tokens * fmt.value_bytes),
+        (fmt.key_radius_offset, tokens * 2),
+        (fmt.value_radius_offset, tokens * 2),
+    ):
+        assert start == end
+        assert start % 16 == 0
+        end = start + size
+    assert end == fmt.page_bytes == tokens * fmt.slot_bytes
+    assert fmt.page_bytes % 16 == 0
+
+
+def test_default_page_in_numbers():
+    fmt = PolarFormat("polarquant_k4v3", 128, 32)
+    assert (fmt.key_bytes, fmt.value_bytes) == (64, 48)
+    assert fmt.value_offset == 2048
+    assert fmt.key_radius_offset == 3584
+    assert fmt.value_radius_offset == 3648
+    assert fmt.page_bytes == 3712
+    assert fmt.bits_per_element == 3.625
+    assert PolarFormat("polarquant_k4v4", 128, 16).ratio == pytest.approx(512 / 132)
+
+
+def test_cache_id_tells_formats_apart():
+    assert len({fmt.cache_id for fmt in EVERY_FORMAT}) == len(EVERY_FORMAT)
+    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v1-d128-b16-s42"
+
+
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "block_size", "message"),
+    [
+        ("polarquant_k5v5", 128, 16, r"unknown preset 'polarquant_k5v5'; choose one of .*k4v4"),
+        ("polarquant_k4v4", 72, 16, r"head_dim 72 is not supported.*64, 80, 96, 112, 128"),
+        ("polarquant_k4v4", 0, 16, r"head_dim 0 is not supported"),
+        ("polarquant_k4v4", 128, 8, r"block size 8 is not a multiple of 16"),
+        ("polarquant_k4v4", 128, 0, r"block size 0 is not a multiple of 16"),
+        ("polarquant_k4v4", 128, -16, r"block size -16 is not a multiple of 16"),
+    ],
+)
+def test_errors_name_the_cause(preset, head_dim, block_size, message):
+    with pytest.raises(UnsupportedFormat, match=message):
+        PolarFormat(preset, head_dim, block_size)
+
+
+def test_codes_are_whole_bytes():
+    for bits, head_dim in itertools.product(BITS, HEAD_DIMS):
+        assert VectorFormat("polar", bits).code_bytes(head_dim) * 8 == bits * head_dim
+    with pytest.raises(UnsupportedFormat, match=r"2\.5 bits x head_dim 6"):
+        VectorFormat("polar", 2.5).code_bytes(6)
+
+
+def test_pair_bits():
+    assert [VectorFormat("polar", bits).pair_bits for bits in BITS] == [4, 5, 6, 7, 8]
+
+
+def layer_view(layout: str, fmt: PolarFormat, heads: int) -> torch.Tensor:
+    """One layer's cache [B, H, N, C] out of a tensor whose dims lie in the order of `layout`."""
+    size = {"L": 3, "B": 5, "H": heads, "N": fmt.block_size, "C": fmt.slot_bytes}
+    cache = torch.empty([size[dim] for dim in layout], dtype=torch.uint8)
+    return cache.permute([layout.index(dim) for dim in "LBHNC"])[1]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize(
+    ("layout", "layers"), [("LBHNC", 1), ("LBNHC", 1), ("BLHNC", 3), ("BLNHC", 3)]
+)
+def test_dense_layouts(layout, layers, heads):
+    fmt = PolarFormat("polarquant_k4v4", 128, 16)
+    cache = layer_view(layout, fmt, heads)
+    assert cache.shape == (5, heads, 16, 132)
+    assert dense_block_stride(cache, fmt) == layers * heads * 16 * 132
+
+
+@pytest.mark.parametrize("layout", ["LHBNC", "BHLNC"])
+def test_scattered_layouts_are_refused(layout):
+    fmt = PolarFormat("polarquant_k4v4", 128, 16)
+    with pytest.raises(ValueError, match=r"not contiguous.*LBHNC, LBNHC, BLHNC, BLNHC"):
+        dense_block_stride(layer_view(layout, fmt, 2), fmt)
+
+
+def test_one_head_is_dense_in_any_order():
+    fmt = PolarFormat("polarquant_k3v2", 64, 16)
+    assert dense_block_stride(layer_view("LHBNC", fmt, 1), fmt) == 16 * 44
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((5, 2, 16, 133), torch.uint8),
+        ((5, 2, 32, 132), torch.uint8),
+        ((5, 2, 16, 132), torch.bfloat16),
+    ],
+)
+def test_wrong_caches_are_refused(shape, dtype):
+    fmt = PolarFormat("polarquant_k4v4", 128, 16)
+    with pytest.raises(ValueError, match=r"expected a cache uint8 \[B, H, 16, 132\]"):
+        dense_block_stride(torch.empty(shape, dtype=dtype), fmt)
+
+
+def test_padded_slots_are_refused():
+    fmt = PolarFormat("polarquant_k4v4", 128, 16)
+    padded = torch.empty(5, 2, 16, 144, dtype=torch.uint8)[..., :132]
+    with pytest.raises(ValueError, match="not contiguous"):
+        dense_block_stride(padded, fmt)
+
+
+def test_is_polar_dtype():
+    assert all(is_polar_dtype(preset) for preset in SLOT_BYTES)
+    assert not any(is_polar_dtype(name) for name in (None, "", "auto", "fp8", "polarquant"))
