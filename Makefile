@@ -10,18 +10,22 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo test lint bench
 
 help:
-	@echo "make demo    serve the probe model with bf16, fp8 and polar-coded caches and compare them"
+	@echo "make demo    run the shipped model with bf16 and with polar-coded pages and compare"
 	@echo "make test    lint, then every test"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   capacity, prefill and TPOT in the engine, beside bf16 and fp8 (needs an NVIDIA GPU)"
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
 
 setup: $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m vllm_polarquant.eval.demo
+
+bench: $(READY)
+	$(BIN)/python -m vllm_polarquant.eval.bench_engine
 
 test: lint
 	$(BIN)/pytest

@@ -6,6 +6,7 @@ questions about values scattered through 2,000 tokens, which only the cached key
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ from vllm_polarquant.eval.probe.episodes import (
 from vllm_polarquant.format import DEFAULT_PRESET
 
 KV_CACHE_BYTES = 64 << 20
-COMPLETIONS = 3
+COMPLETIONS = 8
+SHOWN = 2
 COMPLETION_TOKENS = 40
 MAX_MODEL_LEN = 4096
 
@@ -52,10 +54,13 @@ class Run:
 
 
 def completion_prompts() -> list[str]:
-    """Beginnings of held-out source files, cut at a line's end."""
-    texts = [row["text"] for row in load_heldout()]
-    picked = texts[:: max(1, len(texts) // COMPLETIONS)][:COMPLETIONS]
-    return [text[: text.rindex("\n", 0, 2400) + 1] for text in picked]
+    """Beginnings of held-out source files, up to the colon of a function's signature."""
+    prompts = []
+    for row in load_heldout():
+        signature = re.compile(r"\n +def \w+\([^()\n]*\):\n").search(row["text"], 2000, 6000)
+        if signature:
+            prompts.append(row["text"][: signature.end() - 1])
+    return prompts[:COMPLETIONS]
 
 
 def questions(count: int) -> list[tuple[str, str, float]]:
@@ -69,7 +74,7 @@ def measure(dtype: str, asked: list[tuple[str, str, float]], progress: Progress)
     from vllm import SamplingParams
 
     started = time.perf_counter()
-    task = progress.add_task(f"{dtype}: starting the engine", total=COMPLETIONS + len(asked))
+    task = progress.add_task(f"{dtype}: starting the engine", total=len(completion_prompts()) + len(asked))
     with engine(
         str(MODEL_DIR),
         dtype,
@@ -83,7 +88,7 @@ def measure(dtype: str, asked: list[tuple[str, str, float]], progress: Progress)
         tokens = kv_tokens(llm)
         run = Run(dtype, tokens, KV_CACHE_BYTES / tokens)
         progress.update(task, description=f"{dtype}: completing code")
-        greedy = SamplingParams(temperature=0, max_tokens=COMPLETION_TOKENS)
+        greedy = SamplingParams(temperature=0, max_tokens=COMPLETION_TOKENS, ignore_eos=True)
         for output in llm.generate(completion_prompts(), greedy, use_tqdm=False):
             run.completions.append(output.outputs[0].text)
             run.completion_ids.append(list(output.outputs[0].token_ids))
@@ -104,20 +109,21 @@ def measure(dtype: str, asked: list[tuple[str, str, float]], progress: Progress)
 
 
 def agreement(run: Run, other: Run) -> float:
-    """Share of the greedy completion tokens that are the same, position by position."""
-    pairs = [
-        (a, b)
-        for left, right in zip(run.completion_ids, other.completion_ids, strict=True)
-        for a, b in zip(left, right, strict=False)
-    ]
-    return sum(a == b for a, b in pairs) / len(pairs)
+    """Greedy completion tokens before the first that differs, as a share of all."""
+    same = total = 0
+    for left, right in zip(run.completion_ids, other.completion_ids, strict=True):
+        equal = [a == b for a, b in zip(left, right, strict=True)]
+        same += equal.index(False) if False in equal else len(equal)
+        total += len(equal)
+    return same / total
 
 
 def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]]) -> None:
     """Completions and answers side by side, then the table of what the user gains."""
     base = runs[0]
-    for i, prompt in enumerate(completion_prompts()):
-        table = Table(title=f"Completion {i + 1}, after …{prompt[-60:]!r}", show_lines=True)
+    for i, prompt in enumerate(completion_prompts()[:SHOWN]):
+        last = prompt.rstrip().rsplit("\n", 1)[-1].strip()
+        table = Table(title=f"Completion {i + 1}, after `{last}`", show_lines=True)
         for run in runs:
             table.add_column(run.dtype, overflow="fold")
         table.add_row(*[run.completions[i] for run in runs])
@@ -136,16 +142,9 @@ def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]])
     console.print(table)
 
     table = Table(title=f"With {KV_CACHE_BYTES >> 20} MiB for the KV cache")
-    for name in (
-        "kv-cache-dtype",
-        "tokens that fit",
-        "ratio",
-        "bytes a token",
-        "retrieval",
-        "same completion tokens",
-        "seconds",
-    ):
-        table.add_column(name, justify="left" if name == "kv-cache-dtype" else "right")
+    table.add_column("kv-cache-dtype", no_wrap=True)
+    for name in ("tokens that fit", "ratio", "bytes a token", "retrieval", "same tokens", "seconds"):
+        table.add_column(name, justify="right")
     for run in runs:
         table.add_row(
             run.dtype,
