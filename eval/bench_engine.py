@@ -3,8 +3,8 @@
     python -m vllm_polarquant.eval.bench_engine --dtypes auto,fp8,polarquant_k4v4 --out bench.json
 
 Prompts are random tokens, so no two share a block. The prefill's rate comes from the first run of a
-batch. The same prompts then run twice off the prefix cache, for one token and for many: the difference
-is decode time alone, and TPOT its share a token.
+batch, TPOT from further runs off the prefix cache: the engine stamps each request's first and last token,
+and once all of a batch decode together, (last - first) / (tokens - 1) is the time of a step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from rich.table import Table
 MODEL = Path(__file__).parent / "models" / "llama-3.1-8b"
 
 
-def _timed(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> float:
+def _generate(llm: Any, prompts: list[dict[str, list[int]]], tokens: int) -> list[Any]:
     from vllm import SamplingParams
 
     greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    started = time.perf_counter()
-    llm.generate(prompts, greedy, use_tqdm=False)
-    return time.perf_counter() - started
+    return list(llm.generate(prompts, greedy, use_tqdm=False))
+
+
+def _tpot_ms(outputs: list[Any]) -> float:
+    """Time of a decode step with the whole batch in it, in ms.
+
+    That of the request which got its first token last: by then no other still prefills.
+    """
+    stats = max((output.metrics for output in outputs), key=lambda s: s.first_token_ts)
+    return 1000 * (stats.last_token_ts - stats.first_token_ts) / (stats.num_generation_tokens - 1)
 
 
 def measure(
@@ -44,7 +51,7 @@ def measure(
     from vllm_polarquant.eval.engine import kv_tokens
 
     longest = max(context for _, context in cells) + tokens + 16
-    started = time.perf_counter()
+    booted = time.perf_counter()
     llm = LLM(
         model,
         load_format="dummy",
@@ -54,27 +61,23 @@ def measure(
         gpu_memory_utilization=memory,
         max_num_seqs=max(batch for batch, _ in cells),
         seed=0,
+        disable_log_stats=False,
     )
     result: dict[str, Any] = {
         "dtype": dtype,
-        "boot_s": time.perf_counter() - started,
+        "boot_s": time.perf_counter() - booted,
         "kv_tokens": kv_tokens(llm),
         "cells": [],
     }
-    rng = random.Random(0)
+    rng, words = random.Random(0), llm.llm_engine.model_config.get_vocab_size()
     for batch, context in cells:
-        prompts = [
-            {"prompt_token_ids": [rng.randrange(1000, 100000) for _ in range(context)]}
-            for _ in range(batch)
-        ]
-        prefill = _timed(llm, prompts, 1)
+        prompts = [{"prompt_token_ids": [rng.randrange(words) for _ in range(context)]} for _ in range(batch)]
+        started = time.perf_counter()
+        _generate(llm, prompts, 1)
+        prefill = time.perf_counter() - started
         # What the cached prompts' first run compiles must not end up in a decode time.
-        _timed(llm, prompts, 2)
-        tpots = []
-        for _ in range(repeats):
-            one = _timed(llm, prompts, 1)
-            many = _timed(llm, prompts, 1 + tokens)
-            tpots.append((many - one) / tokens * 1000)
+        _generate(llm, prompts, 2)
+        tpots = [_tpot_ms(_generate(llm, prompts, tokens)) for _ in range(repeats)]
         result["cells"].append(
             {
                 "batch": batch,

@@ -135,9 +135,7 @@ def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]])
     for run in runs:
         table.add_column(run.dtype)
     for i, (_, answer, depth) in enumerate(asked[:6]):
-        marks = [
-            f"[{'green' if run.right[i] else 'red'}]{run.answers[i][:6]!r}[/]" for run in runs
-        ]
+        marks = [f"[{'green' if run.right[i] else 'red'}]{run.answers[i][:6]!r}[/]" for run in runs]
         table.add_row(f"{depth:.0%}", repr(answer), *marks)
     console.print(table)
 

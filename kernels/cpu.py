@@ -8,8 +8,10 @@ that vLLM has bound it to.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
@@ -29,7 +31,22 @@ from vllm_polarquant.format import (
     dense_block_stride,
 )
 
-numba.config.THREADING_LAYER = "omp"
+
+def _share_torch_openmp() -> None:
+    """Let numba's loops run on torch's OpenMP threads.
+
+    numba asks for the system's libgomp and torch brings its own. Two pools on the same cores wait for each
+    other's spinning threads, tens of milliseconds a call; with torch's symbols global, numba finds those.
+    """
+    packages = Path(torch.__file__).parent
+    for folder in (packages / "lib", packages.parent / "torch.libs"):
+        for library in sorted(folder.glob("libgomp*.so*")):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+_share_torch_openmp()
+# OpenMP's layer is not to be had where the system has no libgomp of its own.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
 
 POLAR, FP8, RAW = 0, 1, 2
 _KINDS = {"polar": POLAR, "fp8": FP8, "raw": RAW}
@@ -39,7 +56,20 @@ _PREFIX_TOKENS = 4096
 _NO_MASS = np.float32(-1e30)
 
 
+@cache
+def _start_threads() -> None:
+    """Start numba's threads, and undo that this allows nested OpenMP regions.
+
+    With nesting, torch's bfloat16 attention takes five times as long.
+    """
+    numba.set_num_threads(numba.get_num_threads())
+    omp_set_max_active_levels = getattr(ctypes.CDLL(None), "omp_set_max_active_levels", None)
+    if omp_set_max_active_levels is not None:
+        omp_set_max_active_levels(1)
+
+
 def _use_torch_threads() -> int:
+    _start_threads()
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads
@@ -68,7 +98,7 @@ def search_windows(points: np.ndarray, bins_per_unit: int = 16) -> np.ndarray:
     radius = np.hypot(points[:, 0], points[:, 1])
     angle = np.linspace(0, 2 * np.pi, 1440, endpoint=False)
     ring = np.stack([np.cos(angle), np.sin(angle)], -1)
-    bins = int(math.ceil((radius.max() + 0.5) * bins_per_unit))
+    bins = math.ceil((radius.max() + 0.5) * bins_per_unit)
     windows = np.empty((bins, 2), np.int32)
     width = 1 / bins_per_unit
     for i in range(bins):
@@ -169,7 +199,7 @@ def _encode_polar(y, points, window, scales, gain, codes):
     if gain == 1:
         factor /= best_cos
     elif gain == 2:
-        factor *= max(best_cos, MIN_FIT_GAIN)
+        factor *= max(best_cos, np.float32(MIN_FIT_GAIN))
     return np.float32(factor)
 
 
@@ -282,8 +312,8 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, poin
         for t in range(count):
             at = start + t * code_bytes
             for j in range(d):
-                low, high = cache_bytes[at + 2 * j], cache_bytes[at + 2 * j + 1]
-                tile[t, j] = (np.uint32(low) << np.uint32(16)) | (np.uint32(high) << np.uint32(24))
+                low, high = np.uint64(cache_bytes[at + 2 * j]), np.uint64(cache_bytes[at + 2 * j + 1])
+                tile[t, j] = lut[low | (high << np.uint64(8))]
         return
     if kind == FP8:
         for t in range(count):
@@ -406,6 +436,30 @@ def _attend(
                         out[row, j] += weights[row, t] * tile[t, j]
 
 
+@njit(cache=True, parallel=True, fastmath=True)
+def _merge(part_out, part_max, part_sum, query_start, out):
+    """What `_attend` left of each split, weighted by its share of the softmax -> out f32 [T, Hq, d]."""
+    requests, heads, splits, _, d = part_out.shape
+    group = out.shape[1] // heads
+    for task in prange(requests * heads):
+        request, head = task // heads, task % heads
+        first = query_start[request]
+        for row in range((query_start[request + 1] - first) * group):
+            merged = out[first + row // group, head * group + row % group]
+            merged[:] = 0
+            top, total = part_max[request, head, 0, row], np.float32(0)
+            for split in range(1, splits):
+                top = max(top, part_max[request, head, split, row])
+            for split in range(splits):
+                share = np.float32(math.exp(part_max[request, head, split, row] - top))
+                total += share * part_sum[request, head, split, row]
+                for j in range(d):
+                    merged[j] += share * part_out[request, head, split, row, j]
+            scale = np.float32(1) / max(total, np.float32(1e-30))
+            for j in range(d):
+                merged[j] *= scale
+
+
 @njit(cache=True, parallel=True)
 def _gather(
     cache_bytes, stride, heads, page_bytes, block_size, block_table, start, vector, code_at,
@@ -434,13 +488,22 @@ def _gather(
                 out[i, head, j] = unit[0, j] * radius[0]
 
 
-def _sides(fmt: PolarFormat, tables: Tables) -> tuple[tuple, tuple]:
+@cache
+def _raw_lut(dtype: torch.dtype) -> np.ndarray:
+    """Bits of the float32 that each 16-bit float of `dtype` is: uint32 [65536]."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    return every.float().numpy().view(np.uint32)
+
+
+def _sides(fmt: PolarFormat, tables: Tables, dtype: torch.dtype) -> tuple[tuple, tuple]:
     """(kind, pair bits, code bytes, lut) of keys and of values, as the loops take them."""
     specs = (
         _vector(fmt.key, fmt.head_dim, tables.key_points),
         _vector(fmt.value, fmt.head_dim, tables.value_points),
     )
-    key, value = ((s.kind, s.pair_bits, s.code_bytes, s.lut) for s in specs)
+    key, value = (
+        (s.kind, s.pair_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut) for s in specs
+    )
     return key, value
 
 
@@ -472,21 +535,16 @@ def decode_attention(
     part_out = torch.empty(requests, heads, splits, rows, fmt.head_dim, dtype=torch.float32)
     part_max = torch.empty(requests, heads, splits, rows, dtype=torch.float32)
     part_sum = torch.empty(requests, heads, splits, rows, dtype=torch.float32)
-    key, value = _sides(fmt, tables)
+    key, value = _sides(fmt, tables, query.dtype)
     _attend(
-        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), block_table.contiguous().numpy(), cache_bytes,
-        stride, heads, fmt.page_bytes, fmt.block_size, key, value, fmt.value_offset,
+        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), block_table.contiguous().numpy(),
+        cache_bytes, stride, heads, fmt.page_bytes, fmt.block_size, key, value, fmt.value_offset,
         fmt.key_radius_offset, fmt.value_radius_offset, splits, part_out.numpy(), part_max.numpy(),
         part_sum.numpy(),
     )  # fmt: skip
-    share = (part_max - part_max.amax(2, keepdim=True)).exp()
-    total = (part_sum * share).sum(2).clamp_min(1e-30)
-    merged = (part_out * share[..., None]).sum(2) / total[..., None]
-    # [R, heads, tokens of the request, group, d] -> one row a (query token, query head).
-    merged = merged.unflatten(2, (max_query_len, group)).transpose(1, 2).flatten(2, 3)
-    lens = query_start_loc[1 : requests + 1] - query_start_loc[:requests]
-    mine = torch.arange(max_query_len)[None, :] < lens[:, None]
-    out[:tokens] = (merged[mine] @ tables.rotation).to(out.dtype)
+    merged = torch.empty_like(rotated)
+    _merge(part_out.numpy(), part_max.numpy(), part_sum.numpy(), query_start_loc.numpy(), merged.numpy())
+    out[:tokens] = merged @ tables.rotation
 
 
 def _dense_attention(
@@ -501,9 +559,7 @@ def _dense_attention(
         x.to(query.dtype).repeat_interleave(repeat, 1).transpose(0, 1)[None]
         for x, repeat in ((query, 1), (key, group), (value, group))
     )
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, scale=scale
-    )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out[0].transpose(0, 1), lse[0].T
 
 
@@ -536,25 +592,23 @@ def prefill_attention(
         rotated = (query.float() @ tables.rotation.T).to(query.dtype)
         cache_bytes, stride = _bytes_of(cache_tensor, fmt)
         heads = cache_tensor.shape[1]
-        sides = _sides(fmt, tables)
+        sides = _sides(fmt, tables, query.dtype)
         offsets = (
             (0, fmt.key_radius_offset),
             (fmt.value_offset, fmt.value_radius_offset),
         )
         for start in range(0, context_len, _PREFIX_TOKENS):
             n = min(_PREFIX_TOKENS, context_len - start)
-            decoded = [torch.empty(n, heads, fmt.head_dim, dtype=torch.float32) for _ in sides]
-            for into, side, (code_at, radius_at) in zip(decoded, sides, offsets, strict=True):
+            prefix = torch.empty(2, n, heads, fmt.head_dim, dtype=torch.float32)
+            for into, side, (code_at, radius_at) in zip(prefix, sides, offsets, strict=True):
                 _gather(
                     cache_bytes, stride, heads, fmt.page_bytes, fmt.block_size, block_table.numpy(),
                     start, side, code_at, radius_at, into.numpy(),
                 )  # fmt: skip
-            part, lse = _dense_attention(rotated, *decoded, scale, causal=False)
+            part, lse = _dense_attention(rotated, prefix[0], prefix[1], scale, causal=False)
             part = part.float() @ tables.rotation
             total = torch.logaddexp(merged_lse, lse)
-            merged = (
-                merged * (merged_lse - total).exp()[..., None] + part * (lse - total).exp()[..., None]
-            )
+            merged = merged * (merged_lse - total).exp()[..., None] + part * (lse - total).exp()[..., None]
             merged_lse = total
     out.copy_(merged)
 

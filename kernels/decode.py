@@ -181,9 +181,7 @@ def _split_kernel(
     for base in tl.range(start, end, BLOCK_N):
         position = base + tl.arange(0, BLOCK_N)
         valid = position < end
-        page = page_pointers(
-            cache, table, position, valid, kv_head, block_stride, BLOCK_SIZE, PAGE_BYTES
-        )
+        page = page_pointers(cache, table, position, valid, kv_head, block_stride, BLOCK_SIZE, PAGE_BYTES)
         slot = position % BLOCK_SIZE
 
         x, y = load_unit(
@@ -268,9 +266,7 @@ def _merge_kernel(
     dim = tl.arange(0, DIM_PAD)
 
     split = tl.arange(0, SPLITS)
-    lse = tl.load(
-        partial_lse + index[:, None] + split[None, :], mask=keep[:, None], other=float("-inf")
-    )
+    lse = tl.load(partial_lse + index[:, None] + split[None, :], mask=keep[:, None], other=float("-inf"))
     peak = tl.max(lse, axis=1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)

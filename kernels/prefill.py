@@ -24,9 +24,7 @@ from vllm_polarquant.kernels.page import (
     page_constants,
     page_pointers,
 )
-from vllm_polarquant.kernels.rotate import BLOCK_COLUMNS, RotationTables, rotated_columns
-
-_MERGE_ROWS = 16
+from vllm_polarquant.kernels.rotate import BLOCK_COLUMNS, RotationTables, rotated_columns, row_tile
 
 
 @triton.jit
@@ -243,9 +241,9 @@ def _merge_kernel(
         if ROTATE_BACK:
             part = rotated_columns(prefix, rotation, column, True, HEAD_DIM)
         else:
-            part = tl.load(
-                source[:, None] + column[None, :], mask=other_keep & inside, other=0.0
-            ).to(tl.float32)
+            part = tl.load(source[:, None] + column[None, :], mask=other_keep & inside, other=0.0).to(
+                tl.float32
+            )
         columns = target[:, None] + column[None, :]
         kept = tl.load(columns, mask=own_keep & inside, other=0.0).to(tl.float32)
         mixed = kept * own + part * other
@@ -285,8 +283,7 @@ def merge_prefix(
     check_heads("prefix_out", prefix_out, head_dim)
     check(
         out.shape == prefix_out.shape and out.dtype == prefix_out.dtype,
-        f"prefix_out must be {out.dtype} {list(out.shape)}, got {prefix_out.dtype} "
-        f"{list(prefix_out.shape)}",
+        f"prefix_out must be {out.dtype} {list(out.shape)}, got {prefix_out.dtype} {list(prefix_out.shape)}",
     )
     tokens, num_heads, _ = out.shape
     for name, x in (("lse", lse), ("prefix_lse", prefix_lse)):
@@ -297,7 +294,8 @@ def merge_prefix(
     num_rows = tokens * num_heads
     if not num_rows:
         return
-    _merge_kernel[(triton.cdiv(num_rows, _MERGE_ROWS),)](
+    tile = row_tile(num_rows)
+    _merge_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
         out,
         out.stride(0),
         out.stride(1),
@@ -317,8 +315,7 @@ def merge_prefix(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         DIM_PAD=triton.next_power_of_2(head_dim),
-        BLOCK_ROWS=_MERGE_ROWS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
         num_stages=1,
+        **tile,
     )

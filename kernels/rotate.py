@@ -11,7 +11,6 @@ import triton.language as tl
 from vllm_polarquant.kernels.page import check, check_heads
 
 BLOCK_COLUMNS = 32
-_BLOCK_ROWS = 16
 
 
 class RotationTables(Protocol):
@@ -19,6 +18,13 @@ class RotationTables(Protocol):
 
     @property
     def rotation(self) -> torch.Tensor: ...
+
+
+def row_tile(num_rows: int) -> dict[str, int]:
+    """Rows a program and its warps: few where they must fill the GPU, else many, as each reads all of R."""
+    if num_rows >= 1 << 15:
+        return {"BLOCK_ROWS": 64, "num_warps": 8}
+    return {"BLOCK_ROWS": 16, "num_warps": 4}
 
 
 @triton.jit
@@ -92,7 +98,8 @@ def rotate(x: torch.Tensor, out: torch.Tensor, tables: RotationTables) -> None:
     num_rows = x.shape[0] * x.shape[1]
     if not num_rows:
         return
-    _rotate_kernel[(triton.cdiv(num_rows, _BLOCK_ROWS),)](
+    tile = row_tile(num_rows)
+    _rotate_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
         x,
         x.stride(0),
         x.stride(1),
@@ -104,8 +111,7 @@ def rotate(x: torch.Tensor, out: torch.Tensor, tables: RotationTables) -> None:
         NUM_HEADS=x.shape[1],
         HEAD_DIM=head_dim,
         DIM_PAD=triton.next_power_of_2(head_dim),
-        BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
         num_stages=1,
+        **tile,
     )

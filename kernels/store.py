@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 from vllm_polarquant.format import (
+    CELL_GRID,
+    CELLS_PER_UNIT,
+    FAR_CELL,
     FP8_MAX,
     MIN_FIT_GAIN,
     RADIUS_MAX,
@@ -21,12 +24,14 @@ from vllm_polarquant.format import (
 from vllm_polarquant.kernels import tuning
 from vllm_polarquant.kernels.page import (
     FP8,
+    INTERPRET,
     RAW,
     check,
     check_cache,
     check_heads,
     check_int,
     decode_radius,
+    dot,
     page_constants,
 )
 
@@ -36,17 +41,29 @@ _RADIUS_MIN = tl.constexpr(RADIUS_MIN)
 _RADIUS_MAX = tl.constexpr(RADIUS_MAX)
 _RADIUS_POWER = tl.constexpr(RADIUS_POWER)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_INTERPRET = tl.constexpr(INTERPRET)
+_CELL_GRID = tl.constexpr(CELL_GRID)
+_CELL_BITS = tl.constexpr(CELL_GRID.bit_length() - 1)
+_CELLS_PER_UNIT = tl.constexpr(float(CELLS_PER_UNIT))
+_FAR_PER_UNIT = tl.constexpr(CELLS_PER_UNIT / FAR_CELL)
+_NEAR_EXTENT = tl.constexpr((CELL_GRID - 1) / (2 * CELLS_PER_UNIT))
+# Added to a small float, 1.5 * 2**23 leaves the number, rounded, in the low bits.
+_ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
 
 
 class EncoderTables(Protocol):
-    """What store_kv reads of codec.Tables: all float32, rotation [d, d], the points [n, 2]."""
+    """What store_kv reads of codec.Tables: rotation float32 [d, d], luts and cells int32."""
 
     @property
     def rotation(self) -> torch.Tensor: ...
     @property
-    def key_points(self) -> torch.Tensor: ...
+    def key_lut(self) -> torch.Tensor: ...
     @property
-    def value_points(self) -> torch.Tensor: ...
+    def value_lut(self) -> torch.Tensor: ...
+    @property
+    def key_cells(self) -> torch.Tensor: ...
+    @property
+    def value_cells(self) -> torch.Tensor: ...
 
 
 @triton.jit
@@ -69,18 +86,49 @@ def _encode_fp8(x):
 
 
 @triton.jit
-def _nearest(x, y, points, N_POINTS: tl.constexpr):
-    """Code int32 of the point nearest to each (x, y); the lower code on a tie."""
-    best = tl.full(x.shape, float("-inf"), tl.float32)
-    code = tl.zeros(x.shape, tl.int32)
-    for t in tl.range(0, N_POINTS, loop_unroll_factor=4):
-        px = tl.load(points + 2 * t)
-        py = tl.load(points + 2 * t + 1)
-        score = x * px + (y * py - 0.5 * (px * px + py * py))
-        closer = score > best
-        best = tl.where(closer, score, best)
-        code = tl.where(closer, t, code)
-    return code
+def _cell(x, y):
+    """Index int32 into codec.search_cells of the cell that each (x, y) lies in."""
+    far = tl.maximum(tl.abs(x), tl.abs(y)) >= _NEAR_EXTENT
+    per_unit = tl.where(far, _FAR_PER_UNIT, _CELLS_PER_UNIT)
+    column = (x * per_unit + _ROUNDER).to(tl.int32, bitcast=True) & (_CELL_GRID - 1)
+    row = (y * per_unit + _ROUNDER).to(tl.int32, bitcast=True) & (_CELL_GRID - 1)
+    return (row << _CELL_BITS) + column + tl.where(far, _CELL_GRID * _CELL_GRID, 0)
+
+
+@triton.jit
+def _look_up(table, index):
+    """Entries of a table of int32 that nobody writes, in the layout of the index.
+
+    For tl.load the compiler would pick a layout of its own and move every index and every entry
+    through shared memory.
+    """
+    if _INTERPRET:
+        return tl.load(table + index)
+    else:
+        address = table.to(tl.int64) + index.to(tl.int64) * 4
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _candidate(x, y, codes, lut, INDEX: tl.constexpr, DTYPE: tl.constexpr):
+    """Of a cell's four codes the one of byte INDEX, its point's product with (x, y), and |p|^2 / 2."""
+    code = (codes >> (8 * INDEX)) & 0xFF
+    point = _look_up(lut, code)
+    px = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    py = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return code, x * px + y * py, 0.5 * (px * px + py * py)
+
+
+@triton.jit
+def _closer(score, code, product, other_code, other_product, other_half, SCALE: tl.constexpr):
+    """The better of two candidates, the first if they are equally near."""
+    other_score = other_product * SCALE - other_half
+    closer = other_score > score
+    code = tl.where(closer, other_code, code)
+    product = tl.where(closer, other_product, product)
+    return tl.where(closer, other_score, score), code, product
 
 
 @triton.jit
@@ -112,7 +160,8 @@ def _encode(
     slot_mapping,
     num_vectors,
     rotation,
-    points,
+    lut,
+    cells,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -161,6 +210,14 @@ def _encode(
         divisor = tl.where(usable, amax, 1.0)
 
         # Dividing by the largest coordinate first keeps denormals and 3e38 inside float32's range.
+        # Where R is a Hadamard matrix of +-1 / sqrt(d), dividing by a power of two instead keeps x
+        # exact in its 16 bits: one product on tensor cores then does what else takes three in tf32.
+        HADAMARD: tl.constexpr = HALF == HALF_PAD
+        if HADAMARD:
+            exponent = tl.minimum(tl.maximum(amax_bits >> 23, 6), 250)
+            inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+            amax = (exponent << 23).to(tl.float32, bitcast=True) / tl.sqrt(float(HEAD_DIM))
+            amax = tl.where(usable, amax, 0.0)
         y1 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
         y2 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
         for start in tl.range(0, HEAD_DIM, BLOCK_K):
@@ -170,13 +227,20 @@ def _encode(
                 mask=(keep & usable)[:, None] & (k < HEAD_DIM)[None, :],
                 other=0.0,
             )
-            part = tl.div_rn(part.to(tl.float32), tl.broadcast_to(divisor[:, None], part.shape))
             entry = rotation + pair[:, None] * HEAD_DIM + k[None, :]
             inside = (pair < HALF)[:, None] & (k < HEAD_DIM)[None, :]
             upper = tl.load(entry, mask=inside, other=0.0)
             lower = tl.load(entry + HALF * HEAD_DIM, mask=inside, other=0.0)
-            y1 = tl.dot(part, tl.trans(upper), acc=y1, input_precision="tf32x3")
-            y2 = tl.dot(part, tl.trans(lower), acc=y2, input_precision="tf32x3")
+            if HADAMARD:
+                part = (part.to(tl.float32) * inverse[:, None]).to(x.dtype.element_ty)
+                upper = tl.where(upper > 0, 1.0, -1.0).to(x.dtype.element_ty)
+                lower = tl.where(lower > 0, 1.0, -1.0).to(x.dtype.element_ty)
+                y1 += dot(part, tl.trans(upper))
+                y2 += dot(part, tl.trans(lower))
+            else:
+                part = tl.div_rn(part.to(tl.float32), tl.broadcast_to(divisor[:, None], part.shape))
+                y1 = tl.dot(part, tl.trans(upper), acc=y1, input_precision="tf32x3")
+                y2 = tl.dot(part, tl.trans(lower), acc=y2, input_precision="tf32x3")
 
         if CODE == FP8:
             peak = tl.max(tl.maximum(tl.abs(y1), tl.abs(y2)), axis=1)
@@ -197,20 +261,29 @@ def _encode(
             unit = (tl.sqrt(float(HEAD_DIM)) / norm)[:, None]
             y1 *= unit
             y2 *= unit
-            best_cos = tl.full([BLOCK_VECTORS], -2.0, tl.float32)
-            best_length = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
-            best_codes = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.int32)
+            DTYPE: tl.constexpr = x.dtype.element_ty
+            near = _look_up(cells, _cell(y1, y2))
+            code0, product0, half0 = _candidate(y1, y2, near, lut, 0, DTYPE)
+            code1, product1, half1 = _candidate(y1, y2, near, lut, 1, DTYPE)
+            code2, product2, half2 = _candidate(y1, y2, near, lut, 2, DTYPE)
+            code3, product3, half3 = _candidate(y1, y2, near, lut, 3, DTYPE)
             for i in tl.static_range(len(SCALES)):
-                codes = _nearest(y1 * SCALES[i], y2 * SCALES[i], points, 1 << CODE)
-                inside = (pair < HALF)[None, :]
-                px = tl.where(inside, tl.load(points + 2 * codes), 0.0)
-                py = tl.where(inside, tl.load(points + 2 * codes + 1), 0.0)
-                length = tl.sqrt(tl.sum(px * px + py * py, axis=1))
-                cos = tl.sum(px * y1 + py * y2, axis=1) / (length * tl.sqrt(float(HEAD_DIM)))
-                better = cos > best_cos
-                best_cos = tl.where(better, cos, best_cos)
-                best_length = tl.where(better, length, best_length)
-                best_codes = tl.where(better[:, None], codes, best_codes)
+                score, codes, product = product0 * SCALES[i] - half0, code0, product0
+                score, codes, product = _closer(score, codes, product, code1, product1, half1, SCALES[i])
+                score, codes, product = _closer(score, codes, product, code2, product2, half2, SCALES[i])
+                score, codes, product = _closer(score, codes, product, code3, product3, half3, SCALES[i])
+                half = product * SCALES[i] - score
+                if HALF != HALF_PAD:
+                    half = tl.where((pair < HALF)[None, :], half, 0.0)
+                length = tl.sqrt(2.0 * tl.sum(half, axis=1))
+                cos = tl.sum(product, axis=1) / (length * tl.sqrt(float(HEAD_DIM)))
+                if i == 0:
+                    best_cos, best_length, best_codes = cos, length, codes
+                else:
+                    better = cos > best_cos
+                    best_cos = tl.where(better, cos, best_cos)
+                    best_length = tl.where(better, length, best_length)
+                    best_codes = tl.where(better[:, None], codes, best_codes)
             gain = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
             if GAIN == "fit":
                 gain = tl.maximum(best_cos, _MIN_FIT_GAIN)
@@ -235,8 +308,10 @@ def _store_kernel(
     slot_mapping,
     num_vectors,
     rotation,
-    key_points,
-    value_points,
+    key_lut,
+    value_lut,
+    key_cells,
+    value_cells,
     NUM_HEADS: tl.constexpr,
     KEY_GAIN: tl.constexpr,
     KEY_SCALES: tl.constexpr,
@@ -259,13 +334,13 @@ def _store_kernel(
     if tl.program_id(1) == 0:
         _encode(
             key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
-            rotation, key_points, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES, KEY_CODE,
-            KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, KEY_SCALES, BLOCK_VECTORS, BLOCK_K,
+            rotation, key_lut, key_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
+            KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, KEY_SCALES, BLOCK_VECTORS, BLOCK_K,
         )  # fmt: skip
     else:
         _encode(
             value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
-            num_vectors, rotation, value_points, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
+            num_vectors, rotation, value_lut, value_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
             PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET, VALUE_GAIN,
             VALUE_SCALES, BLOCK_VECTORS, BLOCK_K,
         )  # fmt: skip
@@ -315,7 +390,9 @@ def store_kv(
     num_vectors = len(slot_mapping) * key.shape[1]
     if not num_vectors:
         return
-    config = tuning.config("store", fmt, key.device)
+    # Few vectors leave most of the GPU idle: small programs then have the least latency.
+    op = "store" if num_vectors >= 1 << 12 else "store_few"
+    config = tuning.config(op, fmt, key.device)
     _store_kernel[(triton.cdiv(num_vectors, config["block_vectors"]), 2)](
         key,
         key.stride(0),
@@ -328,15 +405,17 @@ def store_kv(
         slot_mapping,
         num_vectors,
         tables.rotation,
-        tables.key_points,
-        tables.value_points,
+        tables.key_lut,
+        tables.value_lut,
+        tables.key_cells,
+        tables.value_cells,
         NUM_HEADS=key.shape[1],
         KEY_GAIN=fmt.key.gain,
         KEY_SCALES=_scales(fmt.key),
         VALUE_GAIN=fmt.value.gain,
         VALUE_SCALES=_scales(fmt.value),
         BLOCK_VECTORS=config["block_vectors"],
-        BLOCK_K=32,
+        BLOCK_K=config["block_k"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **page_constants(fmt),

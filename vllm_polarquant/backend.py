@@ -1,7 +1,7 @@
 """vLLM's attention backend: what is refused, how a batch is split, and which kernel gets which part.
 
 No arithmetic happens here. A key's way in is `do_kv_cache_update -> store_kv -> page`; a query's way out
-is `forward -> decode_attention` or `forward -> prefill_attention`, on a GPU (gpu.py) or a CPU (kernels/cpu.py).
+is `forward -> decode_attention`, or `forward -> prefill`, with the kernels of a GPU (gpu.py) or a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_polarquant.codec import Tables, tables
-from vllm_polarquant.compat import BACKEND_NAME
+from vllm_polarquant.compat import BACKEND_NAME, hide_numba
 from vllm_polarquant.format import (
     BLOCK_SIZE_MULTIPLE,
     LOSSLESS,
@@ -56,11 +56,25 @@ _REFUSED = {
     "use_adaptive_verification": "adaptive verification; turn it off in --speculative-config",
 }
 
-_CONNECTORS = ("OffloadingConnector",)
+_CONNECTOR, _OFFLOAD_SPEC = "OffloadingConnector", "CPUOffloadingSpec"
 
 
 def _refuse(preset: str, what: str) -> ValueError:
     return ValueError(f"--kv-cache-dtype {preset} does not support {what}.")
+
+
+def _check_connector(preset: str, transfer: Any) -> None:
+    """Refuse every KV connector but offloading to this process's memory.
+
+    Pages that outlive the process, or reach another one, would need `PolarFormat.cache_id` in their keys,
+    and vLLM's keys hold no more than the dtype's name.
+    """
+    spec = (transfer.kv_connector_extra_config or {}).get("spec_name", _OFFLOAD_SPEC)
+    if transfer.kv_connector != _CONNECTOR or spec != _OFFLOAD_SPEC:
+        raise _refuse(
+            preset,
+            f"the KV connector {transfer.kv_connector} ({spec}); use {_CONNECTOR} with {_OFFLOAD_SPEC}",
+        )
 
 
 def backend_path(selector: Any) -> str:
@@ -78,12 +92,7 @@ def backend_path(selector: Any) -> str:
     if selector.dtype not in PolarQuantBackend.supported_dtypes:
         raise _refuse(preset, f"a model in {selector.dtype}; pass --dtype bfloat16 or float16")
     if selector.use_kv_connector:
-        connector = get_current_vllm_config().kv_transfer_config.kv_connector
-        if connector not in _CONNECTORS:
-            raise _refuse(
-                preset,
-                f"the KV connector {connector}; supported: {', '.join(_CONNECTORS)}",
-            )
+        _check_connector(preset, get_current_vllm_config().kv_transfer_config)
     try:
         PolarFormat(preset, selector.head_size, selector.block_size or BLOCK_SIZE_MULTIPLE)
     except UnsupportedFormat as problem:
@@ -192,9 +201,7 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[PolarMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.layers: dict[str, Attention] = get_layers_from_vllm_config(
-            vllm_config, Attention, layer_names
-        )
+        self.layers: dict[str, Attention] = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         self.impl: PolarQuantImpl = next(iter(self.layers.values())).impl
         self.fmt = self.impl.format(kv_cache_spec.block_size)
         _log_layers(vllm_config, self.fmt, kv_cache_spec.num_kv_heads, layer_names)
@@ -209,9 +216,7 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[PolarMetadata]):
         batch = common_attn_metadata
         threshold = self.reorder_batch_threshold
         assert threshold is not None
-        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(
-            batch, decode_threshold=threshold
-        )
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
         starts_cpu = batch.query_start_loc_cpu
         context_lens = torch.zeros(0, dtype=torch.int32)
         if prefills:
@@ -431,6 +436,7 @@ class CpuImpl(PolarQuantImpl):
     def warm_up(self, fmt: PolarFormat) -> None:
         from vllm_polarquant.kernels import cpu
 
+        hide_numba()
         cpu.warm_up(fmt, self.tables, self.num_heads, self.num_kv_heads, self.dtype)
 
 
@@ -450,9 +456,7 @@ def _ranges(indices: list[int]) -> str:
     return ", ".join(f"{a}-{b}" if a != b else f"{a}" for a, b in runs)
 
 
-def _log_layers(
-    vllm_config: VllmConfig, fmt: PolarFormat, num_kv_heads: int, layer_names: list[str]
-) -> None:
+def _log_layers(vllm_config: VllmConfig, fmt: PolarFormat, num_kv_heads: int, layer_names: list[str]) -> None:
     """One line at start-up: preset, bytes a token, ratio, and which layers are which."""
     from vllm.model_executor.models.utils import extract_layer_index
 

@@ -295,8 +295,7 @@ def check_config(config: Mapping[str, Any], preset: str = DEFAULT_PRESET) -> lis
         refuse(
             "sliding-window",
             f"Sliding-window attention in {layers} is not supported",
-            f"{USE_FP8} or keep these layers in 16 bits with "
-            "`--kv-cache-dtype-skip-layers sliding_window`",
+            f"{USE_FP8} or keep these layers in 16 bits with `--kv-cache-dtype-skip-layers sliding_window`",
         )
     if text.get("rswa_window"):
         refuse("R-SWA", "The model uses R-SWA attention windows")

@@ -20,6 +20,9 @@ import torch
 from vllm_polarquant.codebook import GOLDEN_ANGLE
 from vllm_polarquant.format import (
     BITS,
+    CELL_GRID,
+    CELLS_PER_UNIT,
+    FAR_CELL,
     FP8_MAX,
     HEAD_DIMS,
     MIN_FIT_GAIN,
@@ -53,9 +56,7 @@ def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
     while hadamard.shape[0] < head_dim // odd:
         hadamard = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=torch.float64), hadamard)
     signs = torch.tensor([rng.choice((-1.0, 1.0)) for _ in range(head_dim)], dtype=torch.float64)
-    normal = torch.tensor(
-        [[rng.gauss(0, 1) for _ in range(odd)] for _ in range(odd)], dtype=torch.float64
-    )
+    normal = torch.tensor([[rng.gauss(0, 1) for _ in range(odd)] for _ in range(odd)], dtype=torch.float64)
     q, upper = torch.linalg.qr(normal)
     q = (q * upper.diagonal().sign()).contiguous()
     return torch.kron(hadamard / math.sqrt(head_dim // odd), q) * signs
@@ -146,25 +147,25 @@ def _encode_polar(
     return encode_radius(amax * (norm * gain / best_length)), pack(best_codes, vector.pair_bits)
 
 
-def encode(
-    x: torch.Tensor, vector: VectorFormat, seed: int = SEED
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[torch.Tensor, torch.Tensor]:
     """Store vectors: x float [..., d] -> radii float16 [...], codes uint8 [..., vector.code_bytes(d)].
 
     A vector that holds a NaN or an infinity is stored as the zero vector: its logit is 0, its value adds
     nothing, and no other token sees it. A raw vector is stored as it is, radius 1, whatever it holds.
     """
     if vector.kind == "raw":
-        return torch.ones(x.shape[:-1], dtype=torch.float16, device=x.device), x.contiguous().view(torch.uint8)
+        return torch.ones(x.shape[:-1], dtype=torch.float16, device=x.device), x.contiguous().view(
+            torch.uint8
+        )
     x = x.float()
     amax = x.abs().amax(-1)
     usable = torch.isfinite(amax) & (amax > 0)
     amax = torch.where(usable, amax, torch.zeros_like(amax))
     x = torch.where(usable[..., None], x, torch.zeros_like(x))
     # Dividing by the largest coordinate first keeps denormals and 3e38 inside float32's range.
-    y = (x / torch.where(usable, amax, torch.ones_like(amax))[..., None]) @ rotation(
-        x.shape[-1], seed
-    ).to(x).T
+    y = (x / torch.where(usable, amax, torch.ones_like(amax))[..., None]) @ rotation(x.shape[-1], seed).to(
+        x
+    ).T
     if vector.kind == "polar":
         radius, codes = _encode_polar(y, amax, vector)
     else:
@@ -233,9 +234,7 @@ class PolarQuant:
             ValueError: if x is not floating point or its last dim is not d.
         """
         if not x.is_floating_point() or x.shape[-1:] != (self.d,):
-            raise ValueError(
-                f"expected floats [..., {self.d}], got {x.dtype} {list(x.shape)}"
-            )
+            raise ValueError(f"expected floats [..., {self.d}], got {x.dtype} {list(x.shape)}")
         return encode(x, self.vector, self.seed)
 
     def decompress(self, r: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -256,13 +255,50 @@ class PolarQuant:
         return self.bits + 8 * RADIUS_BYTES / self.d
 
 
+@cache
+def search_cells(pair_bits: int) -> torch.Tensor:
+    """Four codes to try for every point of a cell: int32 [2 * CELL_GRID**2], one a byte, ascending.
+
+    Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
+    cells is first. The codes are all that can be nearest to (x, y), or to it times one of the encoder's
+    SCALES, and if they are fewer than four then one is repeated.
+
+    Code c can only be nearest somewhere in a cell if against every other code k there is a point of the
+    cell that is no nearer to k than to c. As the difference of the two squared distances is linear, that
+    point is a corner. No cell of any of our codes has more than four such codes; were it otherwise, those
+    that win by most would be kept.
+    """
+    points = codebook(pair_bits).double()
+    half_norm = points.square().sum(-1) / 2
+    scales = SCALES.get(pair_bits / 2, (1.0,))
+    line = torch.arange(CELL_GRID, dtype=torch.float64) - CELL_GRID // 2
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    packed = []
+    for width in (1 / CELLS_PER_UNIT, FAR_CELL / CELLS_PER_UNIT):
+        centre = torch.stack([x, y], -1).view(-1, 2) * width
+        # Codes further down the list are far from ever being nearest.
+        tried = torch.cdist(centre, points).topk(16, largest=False).indices
+        point, half = points[tried], half_norm[tried]
+        apart = point[:, :, None] - point[:, None]
+        # Slightly too wide cells allow for rounding.
+        reach = (centre[:, None, None] * apart).sum(-1) + 0.5001 * width * apart.abs().sum(-1)
+        gain = torch.maximum(reach * min(scales), reach * max(scales)) - (half[:, :, None] - half[:, None])
+        lead, order = gain.amin(-1).topk(4)
+        codes = tried.gather(1, order)
+        codes = torch.where(lead >= 0, codes, codes[:, :1]).sort(-1).values
+        packed.append((codes << torch.tensor([0, 8, 16, 24])).sum(-1))
+    # Through uint32, as the highest byte may reach the sign.
+    return torch.cat(packed).to(torch.uint32).view(torch.int32)
+
+
 class Tables(NamedTuple):
     """The codec's constants on a device, as kernels take them.
 
     rotation: R, float32 [d, d]; the identity for raw vectors.
-    key_points, value_points: float32 [n, 2], what the encoder searches; [1, 2] of zeros where unused.
+    key_points, value_points: float32 [n, 2], the points; [1, 2] of zeros where unused.
     key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
         and y in the high half, so that one load brings both coordinates of a pair.
+    key_cells, value_cells: int32, the encoder's search_cells; [1] of zeros where unused.
     """
 
     rotation: torch.Tensor
@@ -270,6 +306,8 @@ class Tables(NamedTuple):
     value_points: torch.Tensor
     key_lut: torch.Tensor
     value_lut: torch.Tensor
+    key_cells: torch.Tensor
+    value_cells: torch.Tensor
 
 
 @cache
@@ -280,5 +318,9 @@ def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables
         for vector in (fmt.key, fmt.value)
     ]
     luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
+    cells = [
+        search_cells(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, dtype=torch.int32)
+        for vector in (fmt.key, fmt.value)
+    ]
     rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim, dtype=torch.float32)
-    return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts)))
+    return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts, *cells)))

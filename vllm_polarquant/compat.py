@@ -113,3 +113,25 @@ def route_backends(choose: Callable[[Any], str]) -> None:
 
     get_attn_backend_cls.routes_polarquant = True  # type: ignore[attr-defined]
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def hide_numba() -> None:
+    """Let another engine start in this process after numba has been imported.
+
+    At the start of a CPU engine vLLM 0.32 reads the `__dict__` of every module's attributes. llvmlite's
+    library object makes up whatever attribute it is asked for, and vLLM fails on what it gets. Idempotent.
+    """
+    from llvmlite.binding import ffi
+
+    library = type(ffi.lib)
+    original = library.__getattr__
+    if getattr(original, "hides_dict", False):
+        return
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return original(self, name)
+
+    __getattr__.hides_dict = True  # type: ignore[attr-defined]
+    library.__getattr__ = __getattr__

@@ -40,6 +40,10 @@ SCALES: dict[float, tuple[float, ...]] = {2.0: (1.0, 0.92, 0.96, 1.04, 1.08)}
 """Scales of the vector that the encoder tries, by bits; 1 alone elsewhere. At 2 bits the best of five
 lowers the distortion by 1 %, and the decoder does not care."""
 
+CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
+"""The encoder's search looks up which codes to try (codec.search_cells): CELL_GRID**2 square cells around
+the origin, CELLS_PER_UNIT to a unit of length, and as many FAR_CELL times as wide for what lies outside."""
+
 Kind = Literal["polar", "fp8", "raw"]
 Gain = Literal["norm", "unbiased", "fit"]
 
@@ -128,9 +132,7 @@ class PolarFormat:
     def __post_init__(self) -> None:
         vectors = PRESETS.get(self.preset) or ((_RAW, _RAW) if self.preset == LOSSLESS else None)
         if vectors is None:
-            raise UnsupportedFormat(
-                f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}"
-            )
+            raise UnsupportedFormat(f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
         if self.head_dim not in HEAD_DIMS:
             raise UnsupportedFormat(
                 f"head_dim {self.head_dim} is not supported by {self.preset}; "

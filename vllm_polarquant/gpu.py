@@ -370,6 +370,4 @@ class GpuImpl(PolarQuantImpl):
         )
         lse = torch.zeros(self.num_heads, tokens, device=device, dtype=torch.float32)
         rotate(query, out, self.tables)
-        merge_prefix(
-            query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True
-        )
+        merge_prefix(query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True)

@@ -74,16 +74,14 @@ def store_kv(
 def read_kv(
     cache: torch.Tensor, block_table: torch.Tensor, length: int, fmt: PolarFormat, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode the first `length` tokens of one request: block_table int32 [blocks] -> K, V f32 [length, H, d]."""
+    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float32 [length, H, d]."""
     views = page_views(cache, fmt)
     position = torch.arange(length, device=cache.device)
     block = block_table[position // fmt.block_size].long()
     token = position % fmt.block_size
     return (
         decode(views.key_radius[block, :, token], views.key_codes[block, :, token], fmt.key, dtype),
-        decode(
-            views.value_radius[block, :, token], views.value_codes[block, :, token], fmt.value, dtype
-        ),
+        decode(views.value_radius[block, :, token], views.value_codes[block, :, token], fmt.value, dtype),
     )
 
 

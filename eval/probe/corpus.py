@@ -351,9 +351,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_evaluation(
-    out: Path, heldout: list[Source], tokenizer: Tokenizer, config: CorpusConfig
-) -> None:
+def write_evaluation(out: Path, heldout: list[Source], tokenizer: Tokenizer, config: CorpusConfig) -> None:
     """``data/heldout.jsonl`` and ``data/episodes.jsonl``."""
     version = sys.version.split()[0]
     write_jsonl(
@@ -381,9 +379,7 @@ def write_evaluation(
     write_jsonl(out / "data" / "episodes.jsonl", rows)
 
 
-def prepare(
-    out: Path, scratch: Path, config: CorpusConfig, file_limit: int | None
-) -> dict[str, Any]:
+def prepare(out: Path, scratch: Path, config: CorpusConfig, file_limit: int | None) -> dict[str, Any]:
     """Write the tokenizer and evaluation data to ``out``, token arrays to ``scratch``."""
     begun = time.monotonic()
 

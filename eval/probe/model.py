@@ -136,9 +136,7 @@ class ProbeLlama(nn.Module):
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight.to(self.dtype))
 
 
-def training_loss(
-    model: ProbeLlama, rows: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def training_loss(model: ProbeLlama, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted loss; beside it the mean loss of plain tokens and of answer tokens (weight > 1).
 
     ``rows`` and ``weights`` are (batch, length + 1); ``weights[:, i]`` belongs to token ``i``.

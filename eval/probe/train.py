@@ -80,10 +80,7 @@ class Batches:
         if at + count > len(order):
             repeats = math.ceil(count / total)
             order = torch.cat(
-                [
-                    torch.randperm(total, device=self.device, generator=self.generator)
-                    for _ in range(repeats)
-                ]
+                [torch.randperm(total, device=self.device, generator=self.generator) for _ in range(repeats)]
             )
             at = 0
         self.order[name] = (order, at + count)
@@ -139,9 +136,7 @@ def attention_seconds(backend: SDPBackend, config: ModelConfig, batch: int, leng
     return (time.monotonic() - begun) / 2
 
 
-def probe_step(
-    step: Callable[..., Any], model: ProbeLlama, shapes: list[tuple[int, int]]
-) -> list[float]:
+def probe_step(step: Callable[..., Any], model: ProbeLlama, shapes: list[tuple[int, int]]) -> list[float]:
     """Loss and gradient norm of a fixed random batch of every shape."""
     results = []
     for batch, length in shapes:
@@ -152,9 +147,7 @@ def probe_step(
         )
         weights = torch.ones(batch, length + 1, dtype=torch.uint8, device=device)
         step(model, rows, weights)[0].backward()
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in model.parameters() if p.grad is not None]
-        )
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad(set_to_none=True)
         results += [norm.item()]
     return results
@@ -319,10 +312,7 @@ def export(out: Path, model: ProbeLlama) -> None:
         ("tokenizer_config.json", tokenizer),
     ):
         (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        name: p.detach().to(torch.bfloat16).cpu().contiguous()
-        for name, p in model.named_parameters()
-    }
+    tensors = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in model.named_parameters()}
     path = out / "model.safetensors"
     save_file(tensors, str(path), metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors writes it for the owner alone
@@ -416,9 +406,7 @@ def run(
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    adam = torch.optim.AdamW(
-        others, lr=config.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda
-    )
+    adam = torch.optim.AdamW(others, lr=config.other_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
     parameters = [*matrices, *others]
 
     first = time.monotonic()
@@ -525,9 +513,7 @@ def main() -> None:
     data_config, file_limit = corpus.CorpusConfig(seed=args.seed), None
     use_compile = not args.no_compile
     if args.tiny:
-        model_config = ModelConfig(
-            vocab_size=1024, hidden_size=64, intermediate_size=128, num_layers=2
-        )
+        model_config = ModelConfig(vocab_size=1024, hidden_size=64, intermediate_size=128, num_layers=2)
         config = dataclasses.replace(
             config,
             tokens_per_step=2048,
