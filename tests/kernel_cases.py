@@ -86,9 +86,7 @@ def make_batch(
     blocks = 1 + sum(needed)
     cache = empty_cache(fmt, blocks, heads, device, layout)
     shuffled = (torch.randperm(blocks - 1) + 1).tolist()
-    wide = torch.full(
-        (len(seq_lens), max(needed) + 5), OUT_OF_RANGE_BLOCK, dtype=torch.int32, device=device
-    )
+    wide = torch.full((len(seq_lens), max(needed) + 5), OUT_OF_RANGE_BLOCK, dtype=torch.int32, device=device)
     block_table = wide[:, : max(needed) + 2]
     for request, length in enumerate(seq_lens):
         mine = torch.tensor([shuffled.pop() for _ in range(needed[request])], device=device)

@@ -164,15 +164,11 @@ def test_nearest_in_parts_is_nearest_at_once(monkeypatch):
 @pytest.mark.parametrize("bits", BITS)
 def test_decode_in_float64(bits, d):
     vector = VectorFormat("polar", bits)
-    codes = torch.randint(
-        2**vector.pair_bits, (3, d // 2), generator=torch.Generator().manual_seed(1)
-    )
+    codes = torch.randint(2**vector.pair_bits, (3, d // 2), generator=torch.Generator().manual_seed(1))
     packed = torch.tensor([list(bit_stream(row, vector.pair_bits)) for row in codes.tolist()])
     radius = torch.tensor([1.0, 0.5, 12.0]).half()
     pairs = spiral_points(vector.pair_bits)[codes]
-    expected = (
-        torch.cat([pairs[..., 0], pairs[..., 1]], -1) @ rotation(d) * radius.double()[:, None]
-    )
+    expected = torch.cat([pairs[..., 0], pairs[..., 1]], -1) @ rotation(d) * radius.double()[:, None]
     x_hat = decode(radius, packed.to(torch.uint8), vector)
     assert x_hat.dtype == torch.float32
     assert (x_hat - expected).abs().max() < 1e-4
@@ -182,9 +178,7 @@ def test_decode_in_float64(bits, d):
 def test_distortion_at_128(bits):
     codec = PolarQuant(128, bits)
     x = gaussian(4096, 128, seed=1)
-    assert (
-        distortion(x, codec.decompress(*codec.compress(x))) <= DISTORTION[codec.bits_per_element()]
-    )
+    assert distortion(x, codec.decompress(*codec.compress(x))) <= DISTORTION[codec.bits_per_element()]
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -260,9 +254,7 @@ def hard_vectors(d: int) -> dict[str, torch.Tensor]:
     return vectors
 
 
-@pytest.mark.parametrize(
-    "vector", [*(VectorFormat("polar", b) for b in BITS), VectorFormat("fp8", 8)]
-)
+@pytest.mark.parametrize("vector", [*(VectorFormat("polar", b) for b in BITS), VectorFormat("fp8", 8)])
 @pytest.mark.parametrize("name", hard_vectors(64))
 def test_hard_vectors_keep_their_norm(vector, name):
     for d in (64, 112):
@@ -420,9 +412,7 @@ def test_unknown_d(d):
 
 @pytest.mark.parametrize("bits", [0, 1, 2.25, 5, 8])
 def test_unknown_bits(bits):
-    with pytest.raises(
-        UnsupportedFormat, match=rf"bits = {bits} is not one of 2, 2\.5, 3, 3\.5, 4"
-    ):
+    with pytest.raises(UnsupportedFormat, match=rf"bits = {bits} is not one of 2, 2\.5, 3, 3\.5, 4"):
         PolarQuant(64, bits)
 
 
@@ -437,9 +427,7 @@ def test_wrong_arguments():
             codec.decompress(r, c)
 
 
-@pytest.mark.parametrize(
-    ("d", "bits", "stored"), [(128, 2, 2.125), (64, 3.5, 3.75), (256, 4, 4.0625)]
-)
+@pytest.mark.parametrize(("d", "bits", "stored"), [(128, 2, 2.125), (64, 3.5, 3.75), (256, 4, 4.0625)])
 def test_bits_per_element(d, bits, stored):
     codec = PolarQuant(d, bits)
     assert codec.bits_per_element() == stored
@@ -471,9 +459,7 @@ def test_tables_hold_the_codec(dtype):
 def test_tables_of_formats_without_codes():
     held = tables(PolarFormat("polarquant_k4v8", 64, 16), torch.bfloat16, torch.device("cpu"))
     assert held.value_points.shape == (1, 2)
-    lossless = tables(
-        PolarFormat("polarquant_lossless", 64, 16), torch.bfloat16, torch.device("cpu")
-    )
+    lossless = tables(PolarFormat("polarquant_lossless", 64, 16), torch.bfloat16, torch.device("cpu"))
     assert torch.equal(lossless.rotation, torch.eye(64))
 
 

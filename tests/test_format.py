@@ -116,9 +116,7 @@ def layer_view(layout: str, fmt: PolarFormat, heads: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize(
-    ("layout", "layers"), [("LBHNC", 1), ("LBNHC", 1), ("BLHNC", 3), ("BLNHC", 3)]
-)
+@pytest.mark.parametrize(("layout", "layers"), [("LBHNC", 1), ("LBNHC", 1), ("BLHNC", 3), ("BLNHC", 3)])
 def test_dense_layouts(layout, layers, heads):
     fmt = PolarFormat("polarquant_k4v4", 128, 16)
     cache = layer_view(layout, fmt, heads)

@@ -115,9 +115,7 @@ def test_wheel_imports_where_it_is_installed(installed, tmp_path):
 
 
 def test_command_line_is_installed(installed, tmp_path):
-    out = shell(
-        installed / "bin" / "polarquant", "--version", cwd=tmp_path, PYTHONPATH=str(installed)
-    )
+    out = shell(installed / "bin" / "polarquant", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
     assert out == f"polarquant {vllm_polarquant.__version__}\n"
 
 

@@ -39,18 +39,14 @@ def test_evaluation_episode_asks_for_pairs_it_defines() -> None:
     exec("\n".join(lines), {"table": table})
     assert table == dict(episode["pairs"])
     assert len(episode["queries"]) == 5
-    for (prompt, answer, depth), query in zip(
-        ep.episode_prompts(episode), episode["queries"], strict=True
-    ):
+    for (prompt, answer, depth), query in zip(ep.episode_prompts(episode), episode["queries"], strict=True):
         assert prompt.endswith(f"assert table['{query['key']}'] == '")
         assert table[query["key"]] == answer
         assert 0 <= depth <= 1
 
 
 def test_same_seed_same_episode() -> None:
-    first, second = (
-        ep.evaluation_episode(random.Random(9), CODE, "x", 1500, 9, 3) for _ in range(2)
-    )
+    first, second = (ep.evaluation_episode(random.Random(9), CODE, "x", 1500, 9, 3) for _ in range(2))
     assert first == second
 
 
@@ -80,9 +76,7 @@ def test_shipped_model_is_a_small_llama() -> None:
 
 @needs_model
 def test_shipped_tokenizer_is_exact_and_splits_hex_alike() -> None:
-    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(
-        str(ep.MODEL_DIR / "tokenizer.json")
-    )
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(ep.MODEL_DIR / "tokenizer.json"))
     texts = [row["text"] for row in ep.load_heldout()] + ["naïve → 世界 🎉\r\n\tx\n", "  \n a"]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -101,9 +95,7 @@ def test_shipped_tokenizer_is_exact_and_splits_hex_alike() -> None:
 
 @needs_model
 def test_shipped_episodes_fit_the_model() -> None:
-    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(
-        str(ep.MODEL_DIR / "tokenizer.json")
-    )
+    tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(ep.MODEL_DIR / "tokenizer.json"))
     rows = ep.load_episodes()
     assert len({row["id"] for row in rows}) == len(rows) > 0
     for row in rows:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Literal, Protocol
 
 FORMAT_VERSION = 1
@@ -79,12 +78,12 @@ class VectorFormat:
 
     def code_bytes(self, head_dim: int) -> int:
         """Bytes of the codes of one vector; raises UnsupportedFormat where they do not come out whole."""
-        whole = Fraction(self.bits) * head_dim / 8
-        if whole.denominator != 1:
+        half_bits = int(2 * self.bits) * head_dim
+        if half_bits % 16:
             raise UnsupportedFormat(
                 f"{self.bits:g} bits x head_dim {head_dim} is not a whole number of bytes"
             )
-        return int(whole)
+        return half_bits // 16
 
 
 def _polar(bits: float, gain: Gain = "norm") -> VectorFormat:

@@ -1,0 +1,263 @@
+"""Real engines on the probe model, in a child process: `run(name)` calls a scenario below.
+
+A child boots several engines and answers with one JSON object, to which `run` adds what the child
+logged. Nothing here asserts anything; tests compare what came back.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_polarquant.eval.probe import episodes
+
+MODEL = str(episodes.MODEL_DIR)
+PROBE_LAYERS, PROBE_KV_HEADS = 5, 2
+
+# bfloat16 logits of the probe are multiples of 1/8, so that two of them often tie; float16's seldom do.
+EXACT: dict[str, Any] = {"dtype": "float16"}
+EAGER: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False}
+
+
+def child_env(**env: str) -> dict[str, str]:
+    """An environment for a vLLM process: no Triton interpreter, no hub, and INFO logs."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    defaults = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return inherited | defaults | env
+
+
+@functools.cache
+def _run(scenario: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        child = subprocess.run(
+            [sys.executable, __file__, scenario, str(out)],
+            env=child_env(**dict(env)),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=280,
+        )
+        if child.returncode:
+            raise RuntimeError(f"{scenario} ended with {child.returncode}:\n{child.stdout[-4000:]}")
+        return json.loads(out.read_text()) | {"log": child.stdout}
+
+
+def run(scenario: str, **env: str) -> dict[str, Any]:
+    """What a scenario returned in a process of its own, and its `log`; run once for all tests."""
+    return _run(scenario, tuple(sorted(env.items())))
+
+
+def text_prompts(count: int, chars: int) -> list[str]:
+    """Pieces of held-out source files, no two from the same file."""
+    return [row["text"][200 : 200 + chars] for row in episodes.load_heldout()[:count]]
+
+
+def questions(tokens: int, count: int) -> list[tuple[str, str]]:
+    """Prompts and answers of episodes of about so many tokens, five questions an episode in a row."""
+    rows = [row for row in episodes.load_episodes() if row["id"].startswith(f"{tokens}-")]
+    items = [item for row in rows for item in episodes.episode_prompts(row)]
+    return [(prompt, answer) for prompt, answer, _ in items[:count]]
+
+
+def _engine(cache_dtype: str, **options: Any) -> Any:
+    from vllm_polarquant.eval.engine import engine
+
+    return engine(options.pop("model", MODEL), cache_dtype, **(EAGER | options))
+
+
+def _generate(llm: Any, prompts: list[str], **sampling: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(**({"temperature": 0.0, "logprobs": 2} | sampling))
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def _completions(outputs: list[Any]) -> list[dict[str, list[Any]]]:
+    """Every completion: its tokens, their logprobs, and how far the two likeliest were apart."""
+    found = []
+    for choice in (choice for output in outputs for choice in output.outputs):
+        tokens = list(choice.token_ids)
+        ranked = [sorted((p.logprob for p in top.values()), reverse=True) for top in choice.logprobs]
+        found.append(
+            {
+                "tokens": tokens,
+                "logprobs": [top[t].logprob for t, top in zip(tokens, choice.logprobs, strict=True)],
+                "gaps": [first - second for first, second, *_ in ranked],
+            }
+        )
+    return found
+
+
+def _counter(llm: Any, name: str) -> int:
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+
+def _ask(llm: Any, tokens: int, count: int) -> dict[str, Any]:
+    """Ask questions one episode after the other; which answers are right, tokens that hit the cache."""
+    items = questions(tokens, count)
+    outputs = _generate(llm, [prompt for prompt, _ in items], max_tokens=episodes.MAX_ANSWER_TOKENS)
+    return {
+        "right": [
+            episodes.score_answer(output.outputs[0].text, answer)
+            for output, (_, answer) in zip(outputs, items, strict=True)
+        ],
+        "cached": [output.num_cached_tokens for output in outputs],
+    }
+
+
+def _capacity(llm: Any) -> dict[str, int]:
+    from vllm_polarquant.eval.engine import kv_tokens
+
+    config = llm.llm_engine.vllm_config.cache_config
+    return {"kv_tokens": kv_tokens(llm), "block_size": config.block_size}
+
+
+def lossless() -> dict[str, Any]:
+    """16-bit vectors in our pages against vLLM's own cache, each in the same schedules."""
+    import torch
+
+    greedy = text_prompts(5, 2500) + [prompt for prompt, _ in questions(1000, 3)]
+    found: dict[str, Any] = {}
+    for dtype in ("auto", "polarquant_lossless"):
+        mine = found[dtype] = {}
+        with _engine(dtype, **EXACT, num_gpu_blocks_override=160, max_num_batched_tokens=192) as llm:
+            mine["chunked"] = _completions(_generate(llm, greedy, max_tokens=48))
+            again = _generate(llm, greedy, max_tokens=48)
+            mine["cached"] = _completions(again)
+            mine["cached_tokens"] = [output.num_cached_tokens for output in again]
+            mine["prompt_tokens"] = [len(output.prompt_token_ids) for output in again]
+            # A request's own seed makes vLLM 0.32 fail on CPU; without one it draws from torch's.
+            torch.manual_seed(7)
+            mine["several"] = _completions(_generate(llm, greedy[2:6], max_tokens=24, n=3, temperature=0.8))
+        with _engine(
+            dtype,
+            **EXACT,
+            num_gpu_blocks_override=40,
+            block_size=32,
+            max_model_len=1024,
+            max_num_seqs=8,
+        ) as llm:
+            crowd = text_prompts(8, 700)
+            mine["preempted"] = _completions(_generate(llm, crowd, max_tokens=100, ignore_eos=True))
+            mine["preemptions"] = _counter(llm, "num_preemptions")
+    return found
+
+
+def presets() -> dict[str, Any]:
+    """Questions to several presets, and what fits the same memory."""
+    found: dict[str, Any] = {}
+    with _engine("auto", max_num_batched_tokens=512) as llm:
+        found["auto"] = _capacity(llm)
+    with _engine("polarquant_k4v4", max_num_batched_tokens=512) as llm:
+        found["polarquant_k4v4"] = _capacity(llm) | _ask(llm, 2000, 40)
+    for preset in ("polarquant_k4v8", "polarquant_k2v2"):
+        with _engine(preset, max_num_batched_tokens=512) as llm:
+            found[preset] = _capacity(llm) | _ask(llm, 1000, 20)
+    return found
+
+
+def skipped_layers() -> dict[str, Any]:
+    """The first and the last layer native, the others quantised."""
+    with _engine("polarquant_k4v4", kv_cache_dtype_skip_layers=["0", "4"], max_num_batched_tokens=512) as llm:
+        return _capacity(llm) | _ask(llm, 2000, 20)
+
+
+def speculation() -> dict[str, Any]:
+    """Greedy tokens without speculation, with n-grams and with the probe as its own draft."""
+    prompts = text_prompts(4, 1500) + [prompt for prompt, _ in questions(1000, 3)]
+    methods: dict[str, dict[str, Any] | None] = {
+        "none": None,
+        "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+        "draft": {"method": "draft_model", "model": MODEL},
+    }
+    # What a chunk reads of earlier chunks is quantised, and a draft model takes from each batch's tokens:
+    # with smaller batches the prompts would be cut, and so quantised, elsewhere.
+    one_chunk = {"max_num_batched_tokens": 16384}
+    found: dict[str, Any] = {}
+    for name, config in methods.items():
+        config = config and config | {"num_speculative_tokens": 3}
+        with _engine("polarquant_k4v4", **EXACT, **one_chunk, speculative_config=config) as llm:
+            found[name] = {
+                "completions": _completions(_generate(llm, prompts, max_tokens=40)),
+                "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
+                "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
+            }
+    return found
+
+
+def other_dtypes() -> dict[str, Any]:
+    """Tokens of vLLM's own dtypes, and vLLM's words about dtypes that nobody has."""
+    prompts = text_prompts(2, 1500) + [prompt for prompt, _ in questions(1000, 2)]
+    found: dict[str, Any] = {}
+    for dtype in ("auto", "fp8"):
+        try:
+            with _engine(dtype) as llm:
+                outputs = _generate(llm, prompts, max_tokens=32)
+                found[dtype] = [list(output.outputs[0].token_ids) for output in outputs]
+        except (NotImplementedError, RuntimeError, ValueError) as problem:
+            found[dtype] = str(problem)
+    for dtype in ("polarquant_k9v9", "foo"):
+        try:
+            with _engine(dtype):
+                found[dtype] = "booted"
+        except Exception as problem:
+            found[dtype] = f"{type(problem).__name__}: {problem}"
+    found["plugin"] = "vllm_polarquant.plugin" in sys.modules
+    return found
+
+
+def tensor_parallel() -> dict[str, Any]:
+    """Questions to two tensor-parallel workers behind an engine core, each in a process of its own."""
+    with _engine("polarquant_k4v4", tensor_parallel_size=2, max_num_batched_tokens=512) as llm:
+        return _capacity(llm) | _ask(llm, 2000, 10)
+
+
+def boots() -> dict[str, Any]:
+    """Engines on dummy weights for every folder under MODELS: the error that ended each boot, if any."""
+    found: dict[str, Any] = {}
+    for folder in sorted(Path(os.environ["MODELS"]).iterdir()):
+        found[folder.name] = None
+        print(f"\nbooting {folder.name}", flush=True)
+        try:
+            with _engine(
+                "polarquant_k4v4",
+                model=str(folder),
+                dtype=(folder / "dtype").read_text(),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=128,
+            ):
+                pass
+        except Exception as problem:
+            found[folder.name] = str(problem)
+    return found
+
+
+SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
+    f.__name__: f
+    for f in (
+        lossless,
+        presets,
+        skipped_layers,
+        speculation,
+        other_dtypes,
+        tensor_parallel,
+        boots,
+    )
+}
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(SCENARIOS[sys.argv[1]]()))

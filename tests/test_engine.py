@@ -1,0 +1,187 @@
+"""The plugin inside real vLLM engines on CPU: schedules, presets, speculation, processes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import engine_runs
+import pytest
+import torch
+from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
+
+from vllm_polarquant.format import PolarFormat
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+NEAR_TIE = 0.04
+"""Float16 logits between 16 and 32 are multiples of 1/64: two of them, off by one each, swap."""
+
+Completions = list[dict[str, list[Any]]]
+
+
+def first_difference(have: list[int], want: list[int]) -> int | None:
+    """Where two token sequences part, if they do."""
+    assert len(have) == len(want)
+    return next((i for i, (a, b) in enumerate(zip(have, want, strict=True)) if a != b), None)
+
+
+def assert_same_greedy_tokens(have: Completions, want: Completions, ties: int) -> None:
+    """Identical, except from where `want` itself had two tokens as good as equal, in `ties` requests."""
+    assert len(have) == len(want)
+    parted = {}
+    for request, (mine, theirs) in enumerate(zip(have, want, strict=True)):
+        at = first_difference(mine["tokens"], theirs["tokens"])
+        if at is not None:
+            parted[request] = (at, theirs["gaps"][at])
+    assert all(gap < NEAR_TIE for _, gap in parted.values()), parted
+    assert len(parted) <= ties, parted
+
+
+def share_right(answers: dict[str, Any]) -> float:
+    return sum(answers["right"]) / len(answers["right"])
+
+
+@pytest.fixture(scope="module")
+def lossless() -> dict[str, Any]:
+    return run("lossless", VLLM_POLARQUANT_LOSSLESS="1")
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "cached", "preempted"])
+def test_lossless_pages_give_the_greedy_tokens_of_auto(lossless: dict[str, Any], schedule: str) -> None:
+    want, have = lossless["auto"][schedule], lossless["polarquant_lossless"][schedule]
+    assert sum(len(completion["tokens"]) for completion in want) > 380
+    assert_same_greedy_tokens(have, want, ties=1)
+
+
+def test_the_schedules_were_what_they_are_called(lossless: dict[str, Any]) -> None:
+    for dtype in ("auto", "polarquant_lossless"):
+        mine = lossless[dtype]
+        # Chunked: several times the 192 tokens of a batch. Cached: all but the last block.
+        assert min(mine["prompt_tokens"]) > 3 * 192
+        assert all(
+            cached == tokens // 128 * 128
+            for cached, tokens in zip(mine["cached_tokens"], mine["prompt_tokens"], strict=True)
+        )
+        assert mine["preemptions"] >= 1
+    assert lossless["auto"]["preemptions"] == lossless["polarquant_lossless"]["preemptions"]
+
+
+def test_lossless_pages_give_the_samples_of_auto(lossless: dict[str, Any]) -> None:
+    """Three samples a prompt share its pages. A draw may fall between two dtypes' probabilities."""
+    want, have = lossless["auto"]["several"], lossless["polarquant_lossless"]["several"]
+    assert len(want) == len(have) == 12
+    assert len({tuple(sample["tokens"]) for sample in want}) >= 9
+    same = 0
+    for mine, theirs in zip(have, want, strict=True):
+        at = first_difference(mine["tokens"], theirs["tokens"])
+        same += at is None
+        assert mine["logprobs"][:at] == pytest.approx(theirs["logprobs"][:at], abs=NEAR_TIE)
+    assert same >= 10
+
+
+@pytest.fixture(scope="module")
+def presets() -> dict[str, Any]:
+    return run("presets")
+
+
+def test_k4v4_answers_from_quantised_pages(presets: dict[str, Any]) -> None:
+    answers = presets["polarquant_k4v4"]
+    assert len(answers["right"]) == 40
+    assert share_right(answers) >= 0.95
+    # Four of the five questions of an episode find all its blocks quantised in the prefix cache.
+    hits = [right for right, cached in zip(answers["right"], answers["cached"], strict=True) if cached]
+    assert len(hits) >= 32
+    assert sum(hits) / len(hits) >= 0.95
+    assert min(cached for cached in answers["cached"] if cached) > 1500
+
+
+@pytest.mark.parametrize(("preset", "least"), [("polarquant_k4v8", 0.95), ("polarquant_k2v2", 0.5)])
+def test_other_presets_answer(presets: dict[str, Any], preset: str, least: float) -> None:
+    assert len(presets[preset]["right"]) == 20
+    assert share_right(presets[preset]) >= least
+
+
+def logged_capacities(log: str) -> list[int]:
+    """The tokens of every line "KV cache size: 50,816 tokens" that vLLM logged."""
+    return [int(n.replace(",", "")) for n in re.findall(r"KV cache size: ([\d,]+) tokens", log)]
+
+
+@pytest.mark.parametrize("preset", ["polarquant_k4v4", "polarquant_k4v8", "polarquant_k2v2"])
+def test_vllm_counts_as_many_tokens_as_the_pages_hold(presets: dict[str, Any], preset: str) -> None:
+    block = presets[preset]["block_size"]
+    page = PolarFormat(preset, 128, block).page_bytes
+    blocks = engine_runs.EAGER["kv_cache_memory_bytes"] // (page * PROBE_KV_HEADS * PROBE_LAYERS)
+    assert presets[preset]["kv_tokens"] == blocks * block
+    assert presets[preset]["kv_tokens"] in logged_capacities(presets["log"])
+    ratio = presets[preset]["kv_tokens"] / presets["auto"]["kv_tokens"]
+    assert ratio == pytest.approx(PolarFormat(preset, 128, block).ratio, rel=0.02)
+
+
+def test_k4v4_holds_more_than_3_8_times_the_tokens_of_auto(presets: dict[str, Any]) -> None:
+    assert PolarFormat("polarquant_k4v4", 128, 128).slot_bytes == 132
+    assert presets["polarquant_k4v4"]["kv_tokens"] > 3.8 * presets["auto"]["kv_tokens"]
+
+
+def test_one_log_line_states_preset_bytes_ratio_and_layers(presets: dict[str, Any]) -> None:
+    lines = [line for line in presets["log"].splitlines() if "polarquant_k4v4 (page format" in line]
+    assert len(lines) == 1
+    for part in (
+        "132 bytes a token a kv head",
+        "1320 bytes a token in 5 layers x 2 kv heads",
+        "3.88x",
+        "quantised layers: 0-4",
+        "native layers: none",
+    ):
+        assert part in lines[0]
+
+
+def test_skipped_layers_stay_native() -> None:
+    found = run("skipped_layers")
+    assert share_right(found) >= 0.95
+    assert "quantised layers: 1-3; native layers: 0, 4" in found["log"]
+    # A token takes 512 values of 2 bytes in each native layer and 2 x 132 bytes in the others.
+    ideal = engine_runs.EAGER["kv_cache_memory_bytes"] / (2 * 1024 + 3 * 264)
+    assert 0.9 * ideal < found["kv_tokens"] <= ideal
+
+
+@pytest.fixture(scope="module")
+def speculation() -> dict[str, Any]:
+    return run("speculation")
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_speculation_changes_no_greedy_token(speculation: dict[str, Any], method: str) -> None:
+    found = speculation[method]
+    assert speculation["none"]["drafted"] == 0
+    assert found["accepted"] > 60
+    assert found["drafted"] > found["accepted"]
+    assert_same_greedy_tokens(found["completions"], speculation["none"]["completions"], ties=1)
+
+
+def test_other_dtypes_do_not_notice_the_plugin() -> None:
+    loaded, absent = run("other_dtypes"), run("other_dtypes", VLLM_PLUGINS="")
+    assert loaded["plugin"]
+    assert not absent["plugin"]
+    assert loaded["auto"] == absent["auto"]
+    assert isinstance(loaded["auto"], list)
+    assert loaded["fp8"] == absent["fp8"]
+    for name in ("polarquant_k9v9", "foo"):
+        assert "ValidationError" in loaded[name]
+        assert "cache_dtype" in loaded[name]
+        assert "polarquant_k4v4" in loaded[name]
+        assert "polarquant_k4v4" not in absent[name]
+    if isinstance(loaded["fp8"], str):
+        pytest.skip(f"fp8 is refused here, with and without the plugin: {loaded['fp8'][:200]}")
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="two workers want two cores")
+def test_two_tensor_parallel_workers_answer() -> None:
+    found = run(
+        "tensor_parallel",
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
+    )
+    assert share_right(found) >= 0.95
+    # Each worker has one of the two kv heads.
+    assert "660 bytes a token in 5 layers x 1 kv heads" in found["log"]
