@@ -139,9 +139,9 @@ def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]])
         table.add_row(f"{depth:.0%}", repr(answer), *marks)
     console.print(table)
 
-    table = Table(title=f"With {KV_CACHE_BYTES >> 20} MiB for the KV cache")
+    table = Table(title=f"What fits in {KV_CACHE_BYTES >> 20} MiB of KV cache, and what it answers")
     table.add_column("kv-cache-dtype", no_wrap=True)
-    for name in ("tokens that fit", "ratio", "bytes a token", "retrieval", "same tokens", "seconds"):
+    for name in ("tokens", "ratio", "bytes a token", "retrieval", "same tokens", "seconds"):
         table.add_column(name, justify="right")
     for run in runs:
         table.add_row(
@@ -149,7 +149,7 @@ def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]])
             f"{run.tokens:,}",
             f"{run.tokens / base.tokens:.2f}x",
             f"{run.bytes_per_token:.0f}",
-            f"{sum(run.right)} of {len(run.right)}",
+            f"{sum(run.right)}/{len(run.right)}",
             f"{agreement(run, base):.0%}",
             f"{run.seconds:.0f}",
         )
