@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_polarquant.codec import Tables, encode
+from vllm_polarquant.codec import Tables, by_largest, encode
 from vllm_polarquant.format import (
     MIN_FIT_GAIN,
     RADIUS_MAX,
@@ -257,11 +257,7 @@ def _encode_vectors(
     x: torch.Tensor, spec: _Vector, rotation: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`codec.encode` of polar vectors [T, H, d]: radius float16 [T, H], codes uint8 [T, H, bytes]."""
-    x = x.float()
-    amax = x.abs().amax(-1)
-    usable = torch.isfinite(amax) & (amax > 0)
-    amax = torch.where(usable, amax, 0.0)
-    unit = torch.where(usable[..., None], x / torch.where(usable, amax, 1.0)[..., None], 0.0)
+    unit, amax = by_largest(x)
     codes = torch.empty(*amax.shape, spec.code_bytes, dtype=torch.uint8)
     radius = torch.empty_like(amax)
     _encode(

@@ -180,7 +180,6 @@ class PolarMetadata:
     num_decode_tokens: int
     num_prefills: int
     max_decode_len: int
-    max_query_len: int
     query_start_loc: torch.Tensor
     query_start_loc_cpu: torch.Tensor
     seq_lens: torch.Tensor
@@ -229,7 +228,6 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[PolarMetadata]):
             num_decode_tokens=decode_tokens,
             num_prefills=prefills,
             max_decode_len=threshold,
-            max_query_len=batch.max_query_len,
             query_start_loc=batch.query_start_loc,
             query_start_loc_cpu=starts_cpu,
             seq_lens=batch.seq_lens,

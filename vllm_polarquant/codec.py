@@ -147,6 +147,19 @@ def _encode_polar(
     return encode_radius(amax * (norm * gain / best_length)), pack(best_codes, vector.pair_bits)
 
 
+def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., d] over its largest magnitude, and that: float32 [..., d] and [...].
+
+    Dividing first keeps denormals and 3e38 inside float32's range. Both are 0 for a vector of zeros, and
+    for one that holds a NaN or an infinity.
+    """
+    x = x.float()
+    amax = x.abs().amax(-1)
+    amax = torch.where(torch.isfinite(amax), amax, 0.0)
+    usable = amax > 0
+    return torch.where(usable[..., None], x / torch.where(usable, amax, 1.0)[..., None], 0.0), amax
+
+
 def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[torch.Tensor, torch.Tensor]:
     """Store vectors: x float [..., d] -> radii float16 [...], codes uint8 [..., vector.code_bytes(d)].
 
@@ -157,22 +170,16 @@ def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[tor
         return torch.ones(x.shape[:-1], dtype=torch.float16, device=x.device), x.contiguous().view(
             torch.uint8
         )
-    x = x.float()
-    amax = x.abs().amax(-1)
-    usable = torch.isfinite(amax) & (amax > 0)
-    amax = torch.where(usable, amax, torch.zeros_like(amax))
-    x = torch.where(usable[..., None], x, torch.zeros_like(x))
-    # Dividing by the largest coordinate first keeps denormals and 3e38 inside float32's range.
-    y = (x / torch.where(usable, amax, torch.ones_like(amax))[..., None]) @ rotation(x.shape[-1], seed).to(
-        x
-    ).T
+    unit, amax = by_largest(x)
+    usable = amax > 0
+    y = unit @ rotation(x.shape[-1], seed).to(unit).T
     if vector.kind == "polar":
         radius, codes = _encode_polar(y, amax, vector)
     else:
         radius = encode_radius(amax * (y.abs().amax(-1) / FP8_MAX))
         # Codes are taken against the stored radius, so that its rounding adds no error.
-        unit = y * (amax / decode_radius(radius).clamp_min(1e-38))[..., None]
-        codes = unit.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        scaled = y * (amax / decode_radius(radius).clamp_min(1e-38))[..., None]
+        codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     return torch.where(usable, radius, 0), torch.where(usable[..., None], codes, 0)
 
 
