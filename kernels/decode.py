@@ -16,17 +16,25 @@ import triton.language as tl
 
 from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels import tuning
+from vllm_polarquant.kernels.lane_page import load_part, radii, table_entries, unit
+from vllm_polarquant.kernels.lanes import (
+    fill_table,
+    load_words,
+    mma,
+    open_table,
+    pack_halves,
+    prefetch,
+    quad_max,
+    quad_sum,
+    shuffle_from,
+)
 from vllm_polarquant.kernels.page import (
+    RAW,
     check,
     check_cache,
     check_heads,
     check_int,
-    dot,
-    load_lut,
-    load_radius,
-    load_unit,
     page_constants,
-    page_pointers,
 )
 from vllm_polarquant.kernels.rotate import BLOCK_COLUMNS, rotate, rotated_columns
 
@@ -106,6 +114,196 @@ class DecodeWorkspace:
 
 
 @triton.jit
+def _fetch(
+    page,
+    slot,
+    group,
+    place,
+    HEAD_DIM: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    KEY_RADIUS_OFFSET: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    VALUE_RADIUS_OFFSET: tl.constexpr,
+):
+    """A lane's part of the 16 tokens from `slot` of a page on, as words.
+
+    For either half of eight tokens: quarter t of key g, then eighth g of values 2t and 2t + 1. Last the
+    radii of keys 2t and 2t + 1 of both halves, and those of the same values.
+    """
+    keys = page + (slot + group) * KEY_BYTES
+    values = page + VALUE_OFFSET + (slot + 2 * place) * VALUE_BYTES
+    radius = page + (slot + 2 * place) * 2
+    fetched = ()
+    for half in tl.static_range(2):
+        even = values + 8 * half * VALUE_BYTES
+        odd = even + VALUE_BYTES
+        fetched = fetched + (
+            load_part(keys + 8 * half * KEY_BYTES, place, HEAD_DIM // 8, KEY_CODE, KEY_BYTES),
+            load_part(even, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
+            load_part(odd, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
+        )
+    key_radius = radius + KEY_RADIUS_OFFSET
+    value_radius = radius + VALUE_RADIUS_OFFSET
+    return fetched + (
+        load_words(key_radius, 1, 4)
+        + load_words(key_radius + 16, 1, 4)
+        + load_words(value_radius, 1, 4)
+        + load_words(value_radius + 16, 1, 4),
+    )
+
+
+@triton.jit
+def _lines(
+    lane,
+    ROUND: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    KEY_RADIUS_OFFSET: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    VALUE_RADIUS_OFFSET: tl.constexpr,
+):
+    """Where each lane's line of 16 tokens lies: its offset in a page for slot 0, and bytes a slot."""
+    KEYS: tl.constexpr = (16 * KEY_BYTES + 127) // 128
+    VALUES: tl.constexpr = (16 * VALUE_BYTES + 127) // 128
+    line = lane + 32 * ROUND
+    value_line = line - KEYS
+    offset = tl.where(line < KEYS, line * 128, VALUE_OFFSET + value_line * 128)
+    offset = tl.where(line == KEYS + VALUES, KEY_RADIUS_OFFSET, offset)
+    offset = tl.where(line > KEYS + VALUES, VALUE_RADIUS_OFFSET, offset)
+    stride = tl.where(line < KEYS, KEY_BYTES, tl.where(line < KEYS + VALUES, VALUE_BYTES, 2))
+    return offset, stride
+
+
+@triton.jit
+def _attend(
+    fetched,
+    query,
+    state,
+    limits,
+    token,
+    scale_log2,
+    key_lut,
+    value_lut,
+    lane,
+    SETS: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    VALUE_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Let a warp's queries see 16 more tokens.
+
+    query: `SETS` sets of four queries as the left operands of `mma`, each query in two rows.
+    state: for each set the largest logit so far, the sum of weights that this lane has seen, and the
+    outputs of query t, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
+    limits: for each set the tokens that the query of row g may see, then those that are stored.
+    """
+    peaks, totals, outs = state
+    radius = radii(fetched[6])
+    zero = tl.zeros(lane.shape, tl.float32)
+    products = ()
+    for half in tl.static_range(2):
+        # Two sums: a product waits for the one before it.
+        even = (zero, zero, zero, zero)
+        odd = even
+        for step in tl.static_range(HEAD_DIM // 16):
+            first = unit(fetched[3 * half], 2 * step, HEAD_DIM // 8, KEY_CODE, key_lut, 0, lane, DTYPE)
+            second = unit(fetched[3 * half], 2 * step + 1, HEAD_DIM // 8, KEY_CODE, key_lut, 0, lane, DTYPE)
+            if step % 2 == 0:
+                even = mma(even, query[4 * step : 4 * step + 4], (first, second), DTYPE)
+            else:
+                odd = mma(odd, query[4 * step : 4 * step + 4], (first, second), DTYPE)
+        products = products + (
+            (even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]),
+        )
+
+    own_half = tl.where((lane & 4) == 0, 0xFFFF, 0xFFFF0000).to(tl.uint32)
+    new_peaks = ()
+    new_totals = ()
+    decays = ()
+    weights = ()
+    for k in tl.static_range(SETS):
+        scores = ()
+        for i in tl.static_range(4):
+            score = products[i // 2][2 * k + i % 2] * (radius[i] * scale_log2)
+            if MASKED:
+                score = tl.where(token + (8 * (i // 2) + i % 2) < limits[k], score, float("-inf"))
+            scores = scores + (score,)
+        if DTYPE == tl.float16:
+            # Weights times radii, which float16 must hold, are kept under 1, not the weights.
+            heights = ()
+            for i in tl.static_range(4):
+                heights = heights + (scores[i] + tl.maximum(tl.log2(radius[4 + i]), -60.0),)
+        else:
+            heights = scores
+        tile = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
+        peak = tl.maximum(peaks[k], quad_max(tile))
+        shift = peak
+        if MASKED:
+            # A row that has seen nothing yet would subtract infinities.
+            shift = tl.where(peak == float("-inf"), 0.0, peak)
+        decay = tl.exp2(peaks[k] - shift)
+        total = totals[k] * decay
+        for i in tl.static_range(4):
+            weight = tl.exp2(scores[i] - shift)
+            total += weight
+            value_radius = radius[4 + i]
+            if MASKED:
+                stored = token + (8 * (i // 2) + i % 2) < limits[SETS]
+                value_radius = tl.where(stored, value_radius, 0.0)
+            scaled = weight * value_radius
+            # Even rows weigh the xs of a pair, odd rows the ys.
+            weights = weights + (pack_halves(scaled, scaled, DTYPE) & own_half,)
+        new_peaks = new_peaks + (peak,)
+        new_totals = new_totals + (total,)
+        decays = decays + (shuffle_from(decay, lane % 4 * 8),)
+
+    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
+    new_outs = ()
+    for i in tl.static_range(SETS * TILES):
+        out = outs[i]
+        decay = decays[i // TILES]
+        new_outs = new_outs + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
+    for half in tl.static_range(2):
+        outs = new_outs
+        new_outs = ()
+        a = ()
+        for i in tl.static_range(2 * TILES):
+            even = unit(fetched[3 * half + 1], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE)
+            odd = unit(fetched[3 * half + 2], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE)
+            if MASKED and VALUE_CODE == RAW:
+                # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
+                even = tl.where(token + 8 * half < limits[SETS], even, 0)
+                odd = tl.where(token + (8 * half + 1) < limits[SETS], odd, 0)
+            a = a + ((even, odd),)
+        for k in tl.static_range(SETS):
+            b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
+            for i in tl.static_range(TILES):
+                pair, next_pair = a[2 * i], a[2 * i + 1]
+                left = (pair[0], next_pair[0], pair[1], next_pair[1])
+                new_outs = new_outs + (mma(outs[k * TILES + i], left, b, DTYPE),)
+    return (new_peaks, new_totals, new_outs)
+
+
+@triton.jit
+def _load_queries(query, index, active, place, zero, HEAD_DIM: tl.constexpr):
+    """Words (x, y) of each thread's pairs, two a step of `mma`, in the order of a lane's keys."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    rows = query.to(tl.pointer_type(tl.uint32)) + index * HALF + place * (HEAD_DIM // 16)
+    words = ()
+    for step in tl.static_range(HEAD_DIM // 16):
+        x = tl.load(rows + step, mask=active, other=0)
+        y = tl.load(rows + HALF // 2 + step, mask=active, other=0)
+        words = words + ((x & 0xFFFF) | (y << 16), (x >> 16) | (y & 0xFFFF0000))
+    return words
+
+
+@triton.jit
 def _split_kernel(
     query,
     cache,
@@ -123,9 +321,9 @@ def _split_kernel(
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LUT_COPIES: tl.constexpr,
+    SETS: tl.constexpr,
+    WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -140,103 +338,159 @@ def _split_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = query.dtype.element_ty
+    TILES: tl.constexpr = (HALF + 15) // 16
+    SAME: tl.constexpr = KEY_CODE == VALUE_CODE
+    KEY_ENTRIES: tl.constexpr = table_entries(KEY_CODE)
+    VALUE_ENTRIES: tl.constexpr = 0 if SAME else table_entries(VALUE_CODE)
+    VALUE_FIRST: tl.constexpr = 0 if SAME else KEY_ENTRIES
     request = tl.program_id(0) // ROW_BLOCKS
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    thread = tl.arange(0, WARPS * 32)
+    lane = thread % 32
+    warp = thread // 32
+    group = lane // 4
+    place = lane % 4
+    open_table(thread, KEY_ENTRIES + VALUE_ENTRIES)
 
     # A row is one query head of one of the request's queries.
     first_token = tl.load(query_start_loc + request)
     count = tl.load(query_start_loc + request + 1) - first_token
-    row = tl.program_id(0) % ROW_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
-    if tl.program_id(0) % ROW_BLOCKS * BLOCK_M >= count * GROUP:
+    first_row = tl.program_id(0) % ROW_BLOCKS * (4 * SETS)
+    if first_row >= count * GROUP:
         return
-    active = row < count * GROUP
-    token = first_token + row // GROUP
-    index = token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
-    lse_pointer = partial_lse + index * SPLITS + split
-
     seq_len = tl.load(seq_lens + request)
-    tiles = tl.cdiv(tl.cdiv(seq_len, BLOCK_N), SPLITS)
-    start = split * tiles * BLOCK_N
-    end = tl.minimum(start + tiles * BLOCK_N, seq_len)
+    # Warps take turns at chunks of 16 tokens, which no page cuts.
+    chunks = tl.cdiv(seq_len, 16)
+    turns = tl.cdiv(chunks, SPLITS * WARPS)
+    start = split * turns * WARPS
+    end = tl.minimum(start + turns * WARPS, chunks)
     if start >= end:
-        tl.store(lse_pointer, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=active)
+        row = first_row + tl.arange(0, 4 * SETS)
+        empty = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
+        minus = tl.full([4 * SETS], float("-inf"), tl.float32)
+        tl.store(partial_lse + empty * SPLITS + split, minus, mask=row < count * GROUP)
         return
 
-    pair = tl.arange(0, HALF_PAD)
-    inside = active[:, None] & (pair < HALF)[None, :]
-    source = query + index[:, None] * HEAD_DIM + pair[None, :]
-    q1 = tl.load(source, mask=inside, other=0.0)
-    q2 = tl.load(source + HALF, mask=inside, other=0.0)
-    visible = seq_len - count + row // GROUP + 1
+    fill_table(thread, key_lut, 0, KEY_ENTRIES)
+    fill_table(thread, value_lut, VALUE_FIRST, VALUE_ENTRIES)
+
+    zero = tl.zeros([WARPS * 32], tl.float32)
+    none = tl.zeros([WARPS * 32], tl.uint32)
+    sets = ()
+    limits = ()
+    for k in tl.static_range(SETS):
+        row = first_row + 4 * k + group // 2
+        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
+        sets = sets + (_load_queries(query, index, row < count * GROUP, place, none, HEAD_DIM),)
+        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
+    limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
+    operands = ()
+    for step in tl.static_range(HEAD_DIM // 16):
+        low, high = sets[0][2 * step], sets[0][2 * step + 1]
+        if SETS == 2:
+            operands = operands + (low, sets[1][2 * step], high, sets[1][2 * step + 1])
+        else:
+            operands = operands + (low, none, high, none)
 
     table = block_table + request.to(tl.int64) * table_stride
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out1 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
-    out2 = tl.zeros([BLOCK_M, HALF_PAD], tl.float32)
-    unit = 0.0
-    key_points = load_lut(key_lut, KEY_CODE, LUT_COPIES)
-    value_points = load_lut(value_lut, VALUE_CODE, LUT_COPIES)
-    for base in tl.range(start, end, BLOCK_N):
-        position = base + tl.arange(0, BLOCK_N)
-        valid = position < end
-        page = page_pointers(cache, table, position, valid, kv_head, block_stride, BLOCK_SIZE, PAGE_BYTES)
-        slot = position % BLOCK_SIZE
+    head_offset = kv_head.to(tl.int64) * PAGE_BYTES
+    peaks = ()
+    totals = ()
+    outs = ()
+    for _ in tl.static_range(SETS):
+        peaks = peaks + (zero - float("inf"),)
+        totals = totals + (zero,)
+        for _ in tl.static_range(TILES):
+            outs = outs + ((zero, zero, zero, zero),)
+    state = (peaks, totals, outs)
+    chunk = start + warp
+    last = end - 1
+    here = tl.minimum(chunk, last) * 16
+    block = tl.load(table + here // BLOCK_SIZE)
+    page = cache + block.to(tl.int64) * block_stride + head_offset
+    fetched = _fetch(
+        page, here % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET,
+        VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+    )  # fmt: skip
+    there = tl.minimum(chunk + WARPS, last) * 16
+    block = tl.load(table + there // BLOCK_SIZE)
+    # The registers hold one chunk ahead of the one in use, L2 some more: enough bytes in flight.
+    line, line_stride = _lines(
+        lane, 0, KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET
+    )
+    for i in tl.static_range(2, AHEAD):
+        far = tl.minimum(chunk + i * WARPS, last) * 16
+        far_block = tl.load(table + far // BLOCK_SIZE)
+        far_page = cache + far_block.to(tl.int64) * block_stride + head_offset
+        prefetch(far_page + (line + far % BLOCK_SIZE * line_stride))
+    if AHEAD > 1:
+        far = tl.minimum(chunk + AHEAD * WARPS, last) * 16
+        far_block = tl.load(table + far // BLOCK_SIZE)
+    tl.debug_barrier()
 
-        x, y = load_unit(
-            page + slot * KEY_BYTES,
-            valid,
-            key_points,
-            KEY_CODE,
-            LUT_COPIES,
-            HEAD_DIM,
-            HALF_PAD,
-            DTYPE,
+    # Every row sees all of these; what is left, and what other warps are short of, is masked.
+    whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
+    total_turns = tl.cdiv(end - start, WARPS)
+    for MASKED in tl.static_range(2):
+        for turn in tl.range(whole if MASKED else 0, total_turns if MASKED else whole):
+            page = cache + block.to(tl.int64) * block_stride + head_offset
+            coming = _fetch(
+                page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
+                KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+            )  # fmt: skip
+            there = tl.minimum(chunk + 2 * WARPS, last) * 16
+            block = tl.load(table + there // BLOCK_SIZE)
+            if AHEAD > 1:
+                far_page = cache + far_block.to(tl.int64) * block_stride + head_offset
+                prefetch(far_page + (line + far % BLOCK_SIZE * line_stride))
+                far = tl.minimum(chunk + (AHEAD + 1) * WARPS, last) * 16
+                far_block = tl.load(table + far // BLOCK_SIZE)
+            seen = ()
+            for k in tl.static_range(SETS + 1):
+                seen = seen + (tl.where(chunk < end, limits[k], 0),)
+            state = _attend(
+                fetched, operands, state, seen, chunk * 16 + 2 * place, scale_log2, key_lut, value_lut,
+                lane, SETS, MASKED, HEAD_DIM, KEY_CODE, VALUE_CODE, VALUE_FIRST, DTYPE,
+            )  # fmt: skip
+            fetched = coming
+            chunk += WARPS
+
+    peaks, totals, outs = state
+    for k in tl.static_range(SETS):
+        # The warps have seen different tokens: one log-sum-exp over them, as over the splits later.
+        peak = tl.max(tl.reshape(peaks[k], [WARPS, 32]), axis=0)
+        shift = tl.where(peak == float("-inf"), 0.0, peak)
+        factor = tl.exp2(tl.reshape(peaks[k], [WARPS, 32]) - shift[None, :])
+        total = tl.sum(tl.reshape(quad_sum(totals[k]), [WARPS, 32]) * factor, axis=0)
+        some = total > 0
+        lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        share = factor * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[None, :]
+        share = shuffle_from(tl.reshape(share, [WARPS * 32]), place * 8)
+
+        single = tl.arange(0, 32)
+        row = first_row + 4 * k + single // 8
+        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
+        tl.store(
+            partial_lse + index * SPLITS + split, lse, mask=(row < count * GROUP) & (single % 8 == 0)
         )
-        score = dot(q1, tl.trans(x)) + dot(q2, tl.trans(y))
-        score *= (load_radius(page, slot, valid, KEY_RADIUS_OFFSET) * scale_log2)[None, :]
-        score = tl.where(position[None, :] < visible[:, None], score, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
-        # A row that has seen nothing yet would subtract infinities.
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weight = tl.exp2(score - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        total = total * decay + tl.sum(weight, axis=1)
-        peak = new_peak
-
-        radius = load_radius(page, slot, valid, VALUE_RADIUS_OFFSET)
-        if tl.float16 == DTYPE:
-            # Relative to the largest radius so far, the products stay inside float16's range.
-            new_unit = tl.maximum(unit, tl.max(radius, axis=0))
-            safe = tl.where(new_unit > 0, new_unit, 1.0)
-            radius /= safe
-            decay *= unit / safe
-            unit = new_unit
-        weight = (weight * radius[None, :]).to(DTYPE)
-        x, y = load_unit(
-            page + VALUE_OFFSET + slot * VALUE_BYTES,
-            valid,
-            value_points,
-            VALUE_CODE,
-            LUT_COPIES,
-            HEAD_DIM,
-            HALF_PAD,
-            DTYPE,
-        )
-        out1 = out1 * decay[:, None] + dot(weight, x)
-        out2 = out2 * decay[:, None] + dot(weight, y)
-
-    seen = total > 0
-    factor = tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0)
-    if tl.float16 == DTYPE:
-        factor *= unit
-    target = partial_out + (index[:, None] * SPLITS + split) * HEAD_DIM + pair[None, :]
-    tl.store(target, out1 * factor[:, None], mask=inside)
-    tl.store(target + HALF, out2 * factor[:, None], mask=inside)
-    lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
-    tl.store(lse_pointer, lse, mask=active)
+        row = first_row + 4 * k + single % 4
+        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
+        register = tl.arange(0, 4)
+        for i in tl.static_range(TILES):
+            out = outs[k * TILES + i]
+            pairs = tl.join(
+                tl.join(out[0] * share, out[2] * share), tl.join(out[1] * share, out[3] * share)
+            )
+            merged = tl.sum(tl.reshape(pairs, [WARPS, 32, 4]), axis=0)
+            inner = 2 * i + register // 2
+            dim = (single // 4 * (HEAD_DIM // 16))[:, None] + (inner + register % 2 * HALF)[None, :]
+            tl.store(
+                partial_out + (index * SPLITS + split)[:, None] * HEAD_DIM + dim,
+                merged,
+                mask=(row < count * GROUP)[:, None] & (inner < HEAD_DIM // 16)[None, :],
+            )
 
 
 @triton.jit
@@ -370,8 +624,8 @@ def decode_attention(
     rotate(query, rotated, tables)
     group = num_heads // num_kv_heads
     config = tuning.config("decode", fmt, query.device)
-    block_m = max(16, min(_MAX_BLOCK_M, triton.next_power_of_2(max_query_len * group)))
-    row_blocks = triton.cdiv(max_query_len * group, block_m)
+    sets = 1 if max_query_len * group <= 4 else 2
+    row_blocks = triton.cdiv(max_query_len * group, 4 * sets)
     _split_kernel[(num_reqs * row_blocks, num_kv_heads, splits)](
         rotated,
         cache,
@@ -389,11 +643,10 @@ def decode_attention(
         GROUP=group,
         SPLITS=splits,
         ROW_BLOCKS=row_blocks,
-        BLOCK_M=block_m,
-        BLOCK_N=config["block_n"],
-        LUT_COPIES=config["lut_copies"],
+        SETS=sets,
+        WARPS=config["num_warps"],
+        AHEAD=config["ahead"],
         num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
         **page_constants(fmt),
     )
     owned = min(_MERGE_ROWS, max(1, triton.next_power_of_2(rows) // 128))

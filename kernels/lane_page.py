@@ -1,0 +1,166 @@
+"""How a lane reads its part of a vector off a page: codes as words, words as points of pairs."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from vllm_polarquant.kernels.lanes import load_words, look_up, pack_halves, unpack_halves
+from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius
+
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.constexpr_function
+def table_entries(code):
+    """Entries of a vector's shared table; 0 for the kinds that need none."""
+    return 0 if code in (FP8.value, RAW.value) else 1 << code
+
+
+@triton.constexpr_function
+def _part_bits(code, pairs):
+    """Bits of a lane's part of a vector in one of its runs: a polar vector has one, others x and y."""
+    return pairs * (8 if code == FP8.value else code)
+
+
+@triton.constexpr_function
+def _gcd(*numbers):
+    return math.gcd(*numbers)
+
+
+@triton.jit
+def _load_bits(rows, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """The bits part * BITS .. + BITS - 1 of each thread's row, as words with the first bit lowest.
+
+    Rows lie ROW_BYTES apart, from a multiple of 16 on.
+    """
+    COUNT: tl.constexpr = (BITS + 31) // 32
+    GRAIN: tl.constexpr = _gcd(BITS, 8 * ROW_BYTES, 32)
+    if GRAIN == 32:
+        return load_words(rows + part * (BITS // 8), COUNT, _gcd(BITS // 8, ROW_BYTES, 16))
+    else:
+        address = rows.to(tl.int64)
+        bit = ((address & 3) * 8).to(tl.int32) + part * BITS
+        first = rows - (address & 3) + bit // 32 * 4
+        raw = load_words(first, (BITS + 63 - GRAIN) // 32, 4)
+        shift = (bit % 32).to(tl.uint32)
+        words = ()
+        for i in tl.static_range(COUNT):
+            if i + 1 < len(raw):
+                # Two steps, as a shift by 32 is no shift.
+                words = words + ((raw[i] >> shift) | ((raw[i + 1] << 1) << (31 - shift)),)
+            else:
+                words = words + (raw[i] >> shift,)
+        return words
+
+
+@triton.jit
+def load_part(rows, part, PAIRS: tl.constexpr, CODE: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Codes of the pairs part * PAIRS .. + PAIRS - 1 of each thread's vector, as `unit` takes them.
+
+    rows: pointers to the vectors' codes. part: int32, not the same for all threads.
+    """
+    BITS: tl.constexpr = _part_bits(CODE, PAIRS)
+    if CODE == FP8 or CODE == RAW:
+        second = rows + ROW_BYTES // 2
+        return _load_bits(rows, part, BITS, ROW_BYTES // 2) + _load_bits(second, part, BITS, ROW_BYTES // 2)
+    else:
+        return _load_bits(rows, part, BITS, ROW_BYTES)
+
+
+@triton.jit
+def _field(words, FIRST: tl.constexpr, WIDTH: tl.constexpr, PLACE: tl.constexpr):
+    """The WIDTH bits from bit FIRST of the words on, moved to bit PLACE; FIRST % 32 + WIDTH may pass 32."""
+    SHIFT: tl.constexpr = FIRST % 32 - PLACE
+    word = words[FIRST // 32]
+    if FIRST % 32 + WIDTH > 32:
+        word = (word >> SHIFT) | (words[FIRST // 32 + 1] << (32 - SHIFT))
+    elif SHIFT >= 0:
+        word = word >> SHIFT
+    else:
+        word = word << -SHIFT
+    return word & (((1 << WIDTH) - 1) << PLACE)
+
+
+@triton.jit
+def unit(
+    words,
+    PAIR: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CODE: tl.constexpr,
+    lut,
+    FIRST: tl.constexpr,
+    lane,
+    DTYPE: tl.constexpr,
+):
+    """Pair PAIR of a part before radius and rotation: uint32, x in the low half and y in the high one.
+
+    words: of `load_part`, with PAIRS pairs. lut, FIRST: as in `lanes.look_up`. 0 where PAIR >= PAIRS.
+    """
+    if PAIR >= PAIRS:
+        return tl.zeros(lane.shape, tl.uint32)
+    elif CODE == FP8:
+        RUN: tl.constexpr = len(words) // 2
+        # e4m3's bits are a float16's, seven places up, of a number 256 times smaller.
+        x = _field(words[:RUN], 8 * PAIR, 8, 0)
+        y = _field(words[RUN:], 8 * PAIR, 8, 0)
+        both = (x << 8) | (y << 24)
+        low, high = unpack_halves((both & 0x80008000) | ((both & 0x7F007F00) >> 1), tl.float16)
+        return pack_halves(low * 256.0, high * 256.0, DTYPE)
+    elif CODE == RAW:
+        HALVES: tl.constexpr = len(words) // 2
+        x = _field(words[:HALVES], 16 * PAIR, 16, 0)
+        y = _field(words[HALVES:], 16 * PAIR, 16, 0)
+        return x | (y << 16)
+    else:
+        return look_up(lut, FIRST, _field(words, CODE * PAIR, CODE, 7), lane)
+
+
+@triton.jit
+def radii(words):
+    """Radii float32 of four words of two stored radii each, low half first, as eight tensors."""
+    if _INTERPRET:
+        decoded = ()
+        for i in tl.static_range(4):
+            low, high = unpack_halves(words[i], tl.float16)
+            decoded = decoded + (decode_radius(low), decode_radius(high))
+        return decoded
+    else:
+        stored = ()
+        for i in tl.static_range(4):
+            stored = stored + unpack_halves(words[i], tl.float16)
+        # Radii of real keys and values are plain; the others are worth a branch, not eight powers.
+        return tl.inline_asm_elementwise(
+            _radii_asm(),
+            "=f,=f,=f,=f,=f,=f,=f,=f,0,1,2,3,4,5,6,7,r",
+            [
+                stored[0], stored[1], stored[2], stored[3], stored[4], stored[5], stored[6], stored[7],
+                words[0] | words[1] | words[2] | words[3],
+            ],
+            dtype=_float32s(8),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.constexpr_function
+def _float32s(count):
+    return (tl.float32,) * count
+
+
+@triton.constexpr_function
+def _radii_asm():
+    """Replace each negative one of $0 to $7 by minus its ninth power, at most float32's largest."""
+    lines = ["{.reg .pred plain, negative;\n.reg .b32 signs;\n.reg .f32 square, power;"]
+    lines.append("and.b32 signs, $16, 0x80008000;\nsetp.eq.b32 plain, signs, 0;\n@plain bra DONE;")
+    for i in range(8):
+        lines.append(
+            f"setp.lt.f32 negative, ${i}, 0f00000000;\nmul.f32 square, ${i}, ${i};\n"
+            f"mul.f32 power, square, square;\nmul.f32 power, power, power;\n"
+            f"mul.f32 power, power, ${i};\nneg.f32 power, power;\nmin.f32 power, power, 0f7F7FFFFF;\n"
+            f"@negative mov.f32 ${i}, power;"
+        )
+    lines.append("DONE:\n}")
+    return "\n".join(lines)

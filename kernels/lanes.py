@@ -1,0 +1,276 @@
+"""Kernels written lane by lane: every tensor is 1-D and holds one element a thread.
+
+A tensor-core product wants its operands in registers of certain lanes. A kernel that decodes operands in
+the very lanes that multiply them needs no layout change, no shared memory and no barrier on the way. With
+one element a thread, Triton's layouts have nothing to decide, so the lane that an element lives in is the
+kernel's choice; what Triton has no operation for is a line of PTX here. Under the interpreter each
+function is the same computation in plain tensor operations.
+
+Lanes of a warp are numbered 0 to 31; lane = 4 * g + t, with g the group and t the place in its quad, as
+PTX's matrix fragments count them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_polarquant.kernels.page import INTERPRET
+
+_INTERPRET = tl.constexpr(INTERPRET)
+
+TABLE_BYTES = tl.constexpr(48 << 10)
+"""Static shared memory a kernel may have, and so the size of its table."""
+
+
+
+
+@triton.constexpr_function
+def _load_asm(count, vector):
+    """PTX that loads `count` words from [$count] on, `vector` at a time, past L1."""
+    lines = []
+    for first in range(0, count, vector):
+        outputs = ", ".join(f"${first + i}" for i in range(vector))
+        width = f".v{vector}" if vector > 1 else ""
+        operand = f"{{{outputs}}}" if vector > 1 else outputs
+        lines.append(f"ld.global.nc.L1::no_allocate{width}.b32 {operand}, [${count} + {4 * first}];")
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def _outputs(kind, count):
+    return ",".join([f"={kind}"] * count)
+
+
+@triton.constexpr_function
+def _dtypes(dtype, count):
+    return (dtype,) * count
+
+
+@triton.jit
+def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """COUNT 32-bit words from each thread's pointer on, uint32, as a tuple; for memory nobody writes.
+
+    ALIGN: bytes that every pointer is a multiple of, at least 4.
+    """
+    VECTOR: tl.constexpr = 4 if COUNT % 4 == 0 and ALIGN >= 16 else (2 if COUNT % 2 == 0 and ALIGN >= 8 else 1)
+    if _INTERPRET:
+        words = ()
+        for i in tl.static_range(COUNT):
+            words = words + (tl.load(pointers.to(tl.pointer_type(tl.uint32)) + i),)
+    elif COUNT == 1:
+        words = (
+            tl.inline_asm_elementwise(
+                _load_asm(1, 1), "=r,l", [pointers.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
+            ),
+        )
+    else:
+        words = tl.inline_asm_elementwise(
+            _load_asm(COUNT, VECTOR),
+            _outputs("r", COUNT) + ",l",
+            [pointers.to(tl.int64)],
+            dtype=_dtypes(tl.uint32, COUNT),
+            is_pure=True,
+            pack=1,
+        )
+    return words
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring the line at each thread's pointer into L2."""
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1];\nmov.u32 $0, 0;",
+            "=r,l",
+            [pointers.to(tl.int64)],
+            dtype=tl.uint32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def shuffle_xor(x, MASK: tl.constexpr):
+    """x, float32, of the lane whose number differs in the bits of MASK."""
+    if _INTERPRET:
+        return tl.gather(x, tl.arange(0, x.shape[0]) ^ MASK, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            _shuffle_asm("bfly", MASK), "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.constexpr_function
+def _shuffle_asm(mode, operand):
+    return f"shfl.sync.{mode}.b32 $0, $1, {operand}, 0x1f, 0xffffffff;"
+
+
+@triton.jit
+def shuffle_from(x, lane):
+    """x, float32, of the given lane, int32, of each thread's warp."""
+    if _INTERPRET:
+        return tl.gather(x, tl.arange(0, x.shape[0]) // 32 * 32 + lane, 0)
+    else:
+        return tl.inline_asm_elementwise(
+            _shuffle_asm("idx", "$2"), "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def quad_max(x):
+    """The maximum over the four lanes of each quad."""
+    x = tl.maximum(x, shuffle_xor(x, 1))
+    return tl.maximum(x, shuffle_xor(x, 2))
+
+
+@triton.jit
+def quad_sum(x):
+    """The sum over the four lanes of each quad."""
+    x += shuffle_xor(x, 1)
+    return x + shuffle_xor(x, 2)
+
+
+@triton.jit
+def unpack_halves(word, DTYPE: tl.constexpr):
+    """The two 16-bit floats of a 32-bit word, low one first, in float32."""
+    low = (word & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    high = (word >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def pack_halves(low, high, DTYPE: tl.constexpr):
+    """Two float32 rounded to 16-bit floats in one uint32, the first in the low half."""
+    if _INTERPRET:
+        low = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (high << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            f"cvt.rn.{_short_name(DTYPE)}x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [low, high],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.constexpr_function
+def _short_name(dtype):
+    return "bf16" if dtype == tl.bfloat16 else "f16"
+
+
+@triton.jit
+def _fragment(low, high, DTYPE: tl.constexpr):
+    """float32 [warps, 8, 16] of the two registers that hold columns 0-7 and 8-15 of eight rows."""
+    WARPS: tl.constexpr = low.shape[0] // 32
+    first, second = unpack_halves(low, DTYPE)
+    left = tl.reshape(tl.join(first, second), [WARPS, 8, 8])
+    first, second = unpack_halves(high, DTYPE)
+    right = tl.reshape(tl.join(first, second), [WARPS, 8, 8])
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 1, 3, 2)), [WARPS, 8, 16])
+
+
+@triton.jit
+def _product(rows, columns):
+    """Registers (columns 2t and 2t + 1 of row g) of rows [warps, 8, 16] times columns [warps, 8, 16]."""
+    WARPS: tl.constexpr = rows.shape[0]
+    product = tl.sum(rows[:, :, None, :] * columns[:, None, :, :], axis=3)
+    even, odd = tl.split(tl.reshape(product, [WARPS, 8, 4, 2]))
+    return tl.reshape(even, [WARPS * 32]), tl.reshape(odd, [WARPS * 32])
+
+
+@triton.jit
+def mma(c, a, b, DTYPE: tl.constexpr):
+    """A warp's matrix product c + a @ b: [16, 16] by [16, 8], as PTX's mma.m16n8k16 lays it out.
+
+    c: four float32, columns 2t and 2t + 1 of rows g and g + 8. a: four uint32 of two DTYPE each, columns
+    2t, 2t + 1 of rows g and g + 8, then columns 2t + 8, 2t + 9 of both. b: two, rows 2t, 2t + 1 and
+    2t + 8, 2t + 9 of column g.
+    """
+    if _INTERPRET:
+        columns = _fragment(b[0], b[1], DTYPE)
+        upper = _product(_fragment(a[0], a[2], DTYPE), columns)
+        lower = _product(_fragment(a[1], a[3], DTYPE), columns)
+        return (c[0] + upper[0], c[1] + upper[1], c[2] + lower[0], c[3] + lower[1])
+    else:
+        return tl.inline_asm_elementwise(
+            _mma_asm(_short_name(DTYPE)),
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.constexpr_function
+def _mma_asm(kind):
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+
+@triton.constexpr_function
+def _open_asm(size):
+    return f".shared .align 128 .b8 lane_table[{size}];\nmov.u32 $0, lane_table;"
+
+
+@triton.jit
+def open_table(threads, ENTRIES: tl.constexpr):
+    """Room for ENTRIES words in shared memory, each once for every lane; once a kernel."""
+    if not _INTERPRET and ENTRIES > 0:
+        SIZE: tl.constexpr = ENTRIES * 128
+        tl.static_assert(SIZE <= TABLE_BYTES)
+        tl.inline_asm_elementwise(
+            _open_asm(SIZE), "=r,r", [threads], dtype=tl.uint32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Copy COUNT words from global memory to the table's entries from FIRST on, for every lane.
+
+    Eight threads write an entry, 16 bytes each. A tl.debug_barrier() must follow before a look_up.
+    """
+    if not _INTERPRET:
+        THREADS: tl.constexpr = threads.shape[0]
+        for start in tl.static_range(0, COUNT * 8, THREADS):
+            entry = (start + threads) // 8
+            word = tl.load(words + tl.minimum(entry, COUNT - 1))
+            address = (FIRST + tl.minimum(entry, COUNT - 1)) * 128 + threads % 8 * 16
+            tl.inline_asm_elementwise(
+                "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
+                "st.shared.v4.b32 [base], {$2, $2, $2, $2};\nmov.u32 $0, 0;}",
+                "=r,r,r",
+                [address, word],
+                dtype=tl.uint32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+def look_up(words, FIRST: tl.constexpr, field, lane):
+    """Entry field / 128 of those that fill_table(_, words, FIRST, _) wrote, as uint32.
+
+    field: uint32, the index times 128, which bits of a code need one shift and one mask to become.
+    """
+    if _INTERPRET:
+        return tl.load(words + (field >> 7).to(tl.int32)).to(tl.uint32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            _look_up_asm(FIRST * 128), "=r,r", [field | (lane * 4).to(tl.uint32)],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.constexpr_function
+def _look_up_asm(offset):
+    return (
+        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
+        f"ld.shared.b32 $0, [base + {offset}];}}"
+    )
