@@ -8,6 +8,7 @@ is turned back once a query, in the kernel that merges the splits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -18,15 +19,19 @@ from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels import tuning
 from vllm_polarquant.kernels.lane_page import load_part, radii, table_entries, unit
 from vllm_polarquant.kernels.lanes import (
+    exchange_bytes,
     fill_table,
+    hadamard,
     load_words,
     mma,
-    open_table,
+    of_all_warps,
+    open_shared,
     pack_halves,
-    prefetch,
     quad_max,
     quad_sum,
     shuffle_from,
+    sum_over_warps,
+    unpack_halves,
 )
 from vllm_polarquant.kernels.page import (
     RAW,
@@ -36,15 +41,16 @@ from vllm_polarquant.kernels.page import (
     check_int,
     page_constants,
 )
-from vllm_polarquant.kernels.rotate import BLOCK_COLUMNS, rotate, rotated_columns
+from vllm_polarquant.kernels.rotate import rotate
 
 MAX_QUERY_LEN = 16
 MAX_SPLITS = 64
-TARGET_PROGRAMS = 1024
-"""Programs that a launch aims for: enough to fill a large GPU evenly with unequal requests."""
+PROGRAMS = 264
+"""Programs that run at once: two on each of the 132 multiprocessors of an H100 or H200."""
 
-_MAX_BLOCK_M = 64
-_MERGE_ROWS = 16
+_SPLIT_COST = 0.04
+"""What a program costs before and after its keys, as a share of a request of 8k tokens."""
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -60,26 +66,36 @@ class DecoderTables(Protocol):
 
 
 def num_splits(num_reqs: int, num_kv_heads: int) -> int:
-    """Parts of each request's KV range: a power of two, decided by the launch's shape alone.
+    """Parts of each request's KV range, decided by the launch's shape alone.
 
-    It must not depend on sequence lengths, which a CUDA graph's replay cannot see.
+    It must not depend on sequence lengths, which a CUDA graph's replay cannot see. Rounds of PROGRAMS
+    programs run one after the other, so the best number fills whole rounds with few parts.
     """
-    wanted = TARGET_PROGRAMS // max(1, num_reqs * num_kv_heads)
-    return max(1, min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1)))
+    return _fewest_rounds(max(1, num_reqs * num_kv_heads), PROGRAMS)
+
+
+@cache
+def _fewest_rounds(pairs: int, programs: int) -> int:
+    return min(
+        range(1, MAX_SPLITS + 1),
+        key=lambda splits: -(-pairs * splits // programs) * (1 / splits + _SPLIT_COST),
+    )
 
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
     """Buffers of decode_attention, sized once for every batch it will see.
 
-    query: the rotated queries, [max_tokens, num_heads, d] in the model's dtype.
+    query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype.
     partial_out: float32, flat, each split's normalised output [tokens, num_heads, splits, d].
     partial_lse: float32, flat, its log2-sum-exp2 [tokens, num_heads, splits].
+    arrived: int32, how many splits of a program's rows are done; 0 between launches.
     """
 
     query: torch.Tensor
     partial_out: torch.Tensor
     partial_lse: torch.Tensor
+    arrived: torch.Tensor
 
     @classmethod
     def allocate(
@@ -95,22 +111,24 @@ class DecodeWorkspace:
     ) -> DecodeWorkspace:
         """Buffers for up to max_tokens queries of up to max_reqs requests of up to max_query_len.
 
-        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 6 MB for 256
-        requests and 25 MB for 1024.
+        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 8 MB for 256
+        requests and 30 MB for 1024.
         """
         rows = num_heads * max(
             min(reqs * max_query_len, max_tokens) * num_splits(reqs, num_kv_heads)
             for reqs in range(1, max_reqs + 1)
         )
+        row_blocks = -(-max_query_len * num_heads // (4 * num_kv_heads))
         return cls(
             torch.empty(max_tokens, num_heads, head_dim, dtype=dtype, device=device),
             torch.empty(rows * head_dim, dtype=torch.float32, device=device),
             torch.empty(rows, dtype=torch.float32, device=device),
+            torch.zeros(max_reqs * row_blocks * num_kv_heads, dtype=torch.int32, device=device),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.query, self.partial_out, self.partial_lse))
+        return sum(x.nbytes for x in (self.query, self.partial_out, self.partial_lse, self.arrived))
 
 
 @triton.jit
@@ -156,28 +174,6 @@ def _fetch(
 
 
 @triton.jit
-def _lines(
-    lane,
-    ROUND: tl.constexpr,
-    KEY_BYTES: tl.constexpr,
-    KEY_RADIUS_OFFSET: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    VALUE_RADIUS_OFFSET: tl.constexpr,
-):
-    """Where each lane's line of 16 tokens lies: its offset in a page for slot 0, and bytes a slot."""
-    KEYS: tl.constexpr = (16 * KEY_BYTES + 127) // 128
-    VALUES: tl.constexpr = (16 * VALUE_BYTES + 127) // 128
-    line = lane + 32 * ROUND
-    value_line = line - KEYS
-    offset = tl.where(line < KEYS, line * 128, VALUE_OFFSET + value_line * 128)
-    offset = tl.where(line == KEYS + VALUES, KEY_RADIUS_OFFSET, offset)
-    offset = tl.where(line > KEYS + VALUES, VALUE_RADIUS_OFFSET, offset)
-    stride = tl.where(line < KEYS, KEY_BYTES, tl.where(line < KEYS + VALUES, VALUE_BYTES, 2))
-    return offset, stride
-
-
-@triton.jit
 def _attend(
     fetched,
     query,
@@ -218,9 +214,7 @@ def _attend(
                 even = mma(even, query[4 * step : 4 * step + 4], (first, second), DTYPE)
             else:
                 odd = mma(odd, query[4 * step : 4 * step + 4], (first, second), DTYPE)
-        products = products + (
-            (even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]),
-        )
+        products = products + ((even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]),)
 
     own_half = tl.where((lane & 4) == 0, 0xFFFF, 0xFFFF0000).to(tl.uint32)
     new_peaks = ()
@@ -274,8 +268,12 @@ def _attend(
         new_outs = ()
         a = ()
         for i in tl.static_range(2 * TILES):
-            even = unit(fetched[3 * half + 1], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE)
-            odd = unit(fetched[3 * half + 2], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE)
+            even = unit(
+                fetched[3 * half + 1], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE
+            )
+            odd = unit(
+                fetched[3 * half + 2], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE
+            )
             if MASKED and VALUE_CODE == RAW:
                 # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
                 even = tl.where(token + 8 * half < limits[SETS], even, 0)
@@ -291,39 +289,88 @@ def _attend(
 
 
 @triton.jit
-def _load_queries(query, index, active, place, zero, HEAD_DIM: tl.constexpr):
-    """Words (x, y) of each thread's pairs, two a step of `mma`, in the order of a lane's keys."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    rows = query.to(tl.pointer_type(tl.uint32)) + index * HALF + place * (HEAD_DIM // 16)
+def _rotation_signs(rotation, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The factors of dims first .. + COUNT - 1 and of those HEAD_DIM / 2 further on, as a tuple.
+
+    A Hadamard rotation is H diag(f), and the first row of H is all ones.
+    """
+    words = load_words(rotation + first, COUNT, 16) + load_words(
+        rotation + (first + HEAD_DIM // 2), COUNT, 16
+    )
+    signs = ()
+    for i in tl.static_range(2 * COUNT):
+        signs = signs + (words[i].to(tl.float32, bitcast=True),)
+    return signs
+
+
+@triton.jit
+def _load_queries(
+    query, rotation, active, place, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Words (x, y) of each thread's quarter of its query's pairs, rotated, in the order of keys' pairs.
+
+    query: each thread's row of d elements.
+    """
+    PAIRS: tl.constexpr = HEAD_DIM // 8
+    halves = query.to(tl.pointer_type(tl.uint32)) + place * (PAIRS // 2)
+    xs = ()
+    ys = ()
+    for i in tl.static_range(PAIRS // 2):
+        xs = xs + (tl.load(halves + i, mask=active, other=0),)
+        ys = ys + (tl.load(halves + HEAD_DIM // 4 + i, mask=active, other=0),)
     words = ()
-    for step in tl.static_range(HEAD_DIM // 16):
-        x = tl.load(rows + step, mask=active, other=0)
-        y = tl.load(rows + HALF // 2 + step, mask=active, other=0)
-        words = words + ((x & 0xFFFF) | (y << 16), (x >> 16) | (y & 0xFFFF0000))
+    if ROTATE:
+        factors = _rotation_signs(rotation, place * PAIRS, PAIRS, HEAD_DIM)
+        values = ()
+        for word in tl.static_range(PAIRS):
+            low, high = unpack_halves((xs + ys)[word], DTYPE)
+            values = values + (low * factors[2 * word], high * factors[2 * word + 1])
+        values = hadamard(values, lane, 1, 2)
+        for i in tl.static_range(PAIRS):
+            words = words + (pack_halves(values[i], values[PAIRS + i], DTYPE),)
+    else:
+        for i in tl.static_range(PAIRS // 2):
+            x, y = xs[i], ys[i]
+            words = words + ((x & 0xFFFF) | (y << 16), (x >> 16) | (y & 0xFFFF0000))
     return words
 
 
 @triton.jit
+def _row_index(first_token, row, kv_head, NUM_HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """Where the request's row, a query head of one of its queries, stands among [tokens, num_heads]."""
+    token = (first_token + row // GROUP).to(tl.int64)
+    return token, kv_head * GROUP + row % GROUP
+
+
+@triton.jit(do_not_specialize=["splits"])
 def _split_kernel(
     query,
+    query_stride_token,
+    query_stride_head,
     cache,
     block_stride,
     block_table,
     table_stride,
     seq_lens,
     query_start_loc,
+    rotation,
     key_lut,
     value_lut,
     scale_log2,
+    out,
+    out_stride_token,
+    out_stride_head,
     partial_out,
     partial_lse,
+    arrived,
+    splits,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     SETS: tl.constexpr,
     WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    ROTATE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -338,6 +385,7 @@ def _split_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     DTYPE: tl.constexpr = query.dtype.element_ty
+    ROWS: tl.constexpr = 4 * SETS
     TILES: tl.constexpr = (HALF + 15) // 16
     SAME: tl.constexpr = KEY_CODE == VALUE_CODE
     KEY_ENTRIES: tl.constexpr = table_entries(KEY_CODE)
@@ -351,25 +399,35 @@ def _split_kernel(
     warp = thread // 32
     group = lane // 4
     place = lane % 4
-    open_table(thread, KEY_ENTRIES + VALUE_ENTRIES)
+    # Values x, then values y, that a lane holds of a query's output, padded for the exchange.
+    REGISTERS: tl.constexpr = HALF_PAD // 4 if HALF_PAD // 4 > WARPS else WARPS
+    TABLE: tl.constexpr = (KEY_ENTRIES + VALUE_ENTRIES) * 128
+    EXCHANGE: tl.constexpr = exchange_bytes(REGISTERS, WARPS)
+    open_shared(thread, TABLE if TABLE > EXCHANGE else EXCHANGE)
 
     # A row is one query head of one of the request's queries.
     first_token = tl.load(query_start_loc + request)
     count = tl.load(query_start_loc + request + 1) - first_token
-    first_row = tl.program_id(0) % ROW_BLOCKS * (4 * SETS)
-    if first_row >= count * GROUP:
+    rows = count * GROUP
+    first_row = tl.program_id(0) % ROW_BLOCKS * ROWS
+    if first_row >= rows:
         return
     seq_len = tl.load(seq_lens + request)
     # Warps take turns at chunks of 16 tokens, which no page cuts.
     chunks = tl.cdiv(seq_len, 16)
-    turns = tl.cdiv(chunks, SPLITS * WARPS)
+    turns = tl.cdiv(chunks, splits * WARPS)
+    used_splits = tl.cdiv(chunks, tl.maximum(turns, 1) * WARPS)
     start = split * turns * WARPS
     end = tl.minimum(start + turns * WARPS, chunks)
+    row = first_row + tl.arange(0, ROWS)
+    token, head = _row_index(first_token, row, kv_head, NUM_HEADS, GROUP)
+    target = out + token * out_stride_token + head * out_stride_head
+    dim = tl.arange(0, 2 * HALF_PAD)
+    kept = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
     if start >= end:
-        row = first_row + tl.arange(0, 4 * SETS)
-        empty = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
-        minus = tl.full([4 * SETS], float("-inf"), tl.float32)
-        tl.store(partial_lse + empty * SPLITS + split, minus, mask=row < count * GROUP)
+        if split == 0:
+            nothing = tl.zeros([ROWS, 2 * HALF_PAD], DTYPE)
+            tl.store(target[:, None] + dim[None, :], nothing, mask=kept)
         return
 
     fill_table(thread, key_lut, 0, KEY_ENTRIES)
@@ -380,10 +438,11 @@ def _split_kernel(
     sets = ()
     limits = ()
     for k in tl.static_range(SETS):
-        row = first_row + 4 * k + group // 2
-        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
-        sets = sets + (_load_queries(query, index, row < count * GROUP, place, none, HEAD_DIM),)
-        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
+        own = first_row + 4 * k + group // 2
+        own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
+        source = query + own_token * query_stride_token + own_head * query_stride_head
+        sets = sets + (_load_queries(source, rotation, own < rows, place, lane, ROTATE, HEAD_DIM, DTYPE),)
+        limits = limits + (tl.minimum(seq_len - count + own // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
     operands = ()
     for step in tl.static_range(HEAD_DIM // 16):
@@ -415,25 +474,13 @@ def _split_kernel(
     )  # fmt: skip
     there = tl.minimum(chunk + WARPS, last) * 16
     block = tl.load(table + there // BLOCK_SIZE)
-    # The registers hold one chunk ahead of the one in use, L2 some more: enough bytes in flight.
-    line, line_stride = _lines(
-        lane, 0, KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET
-    )
-    for i in tl.static_range(2, AHEAD):
-        far = tl.minimum(chunk + i * WARPS, last) * 16
-        far_block = tl.load(table + far // BLOCK_SIZE)
-        far_page = cache + far_block.to(tl.int64) * block_stride + head_offset
-        prefetch(far_page + (line + far % BLOCK_SIZE * line_stride))
-    if AHEAD > 1:
-        far = tl.minimum(chunk + AHEAD * WARPS, last) * 16
-        far_block = tl.load(table + far // BLOCK_SIZE)
     tl.debug_barrier()
 
     # Every row sees all of these; what is left, and what other warps are short of, is masked.
     whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
     total_turns = tl.cdiv(end - start, WARPS)
     for MASKED in tl.static_range(2):
-        for turn in tl.range(whole if MASKED else 0, total_turns if MASKED else whole):
+        for _ in tl.range(whole if MASKED else 0, total_turns if MASKED else whole):
             page = cache + block.to(tl.int64) * block_stride + head_offset
             coming = _fetch(
                 page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
@@ -441,11 +488,6 @@ def _split_kernel(
             )  # fmt: skip
             there = tl.minimum(chunk + 2 * WARPS, last) * 16
             block = tl.load(table + there // BLOCK_SIZE)
-            if AHEAD > 1:
-                far_page = cache + far_block.to(tl.int64) * block_stride + head_offset
-                prefetch(far_page + (line + far % BLOCK_SIZE * line_stride))
-                far = tl.minimum(chunk + (AHEAD + 1) * WARPS, last) * 16
-                far_block = tl.load(table + far // BLOCK_SIZE)
             seen = ()
             for k in tl.static_range(SETS + 1):
                 seen = seen + (tl.where(chunk < end, limits[k], 0),)
@@ -456,98 +498,94 @@ def _split_kernel(
             fetched = coming
             chunk += WARPS
 
+    PAIRS: tl.constexpr = HEAD_DIM // 16
     peaks, totals, outs = state
     for k in tl.static_range(SETS):
-        # The warps have seen different tokens: one log-sum-exp over them, as over the splits later.
-        peak = tl.max(tl.reshape(peaks[k], [WARPS, 32]), axis=0)
+        # The warps have seen different tokens: one log-sum-exp over them, as over the splits below.
+        total = quad_sum(totals[k])
+        warp_peaks = of_all_warps(peaks[k], thread)
+        warp_totals = of_all_warps(total, thread)
+        peak = warp_peaks[0]
+        for i in tl.static_range(1, WARPS):
+            peak = tl.maximum(peak, warp_peaks[i])
         shift = tl.where(peak == float("-inf"), 0.0, peak)
-        factor = tl.exp2(tl.reshape(peaks[k], [WARPS, 32]) - shift[None, :])
-        total = tl.sum(tl.reshape(quad_sum(totals[k]), [WARPS, 32]) * factor, axis=0)
+        total = zero
+        for i in tl.static_range(WARPS):
+            total += warp_totals[i] * tl.exp2(warp_peaks[i] - shift)
         some = total > 0
         lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-        share = factor * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[None, :]
-        share = shuffle_from(tl.reshape(share, [WARPS * 32]), place * 8)
+        share = tl.where(some, tl.exp2(peaks[k] - shift) / tl.where(some, total, 1.0), 0.0)
+        share = shuffle_from(share, place * 8)
+        xs = ()
+        ys = ()
+        for i in tl.static_range(REGISTERS // 4):
+            if i < TILES:
+                o = outs[k * TILES + i]
+                xs = xs + (o[0] * share, o[2] * share)
+                ys = ys + (o[1] * share, o[3] * share)
+            else:
+                xs = xs + (zero, zero)
+                ys = ys + (zero, zero)
+        values = xs + ys
+        if ROTATE:
+            values = hadamard(values, lane, 4, 16)
+            factors = _rotation_signs(rotation, group * PAIRS, PAIRS, HEAD_DIM)
+            turned = ()
+            for i in tl.static_range(2 * PAIRS):
+                turned = turned + (values[i] * factors[i],)
+            values = turned
+        sums = sum_over_warps(values, thread)
 
-        single = tl.arange(0, 32)
-        row = first_row + 4 * k + single // 8
-        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
-        tl.store(
-            partial_lse + index * SPLITS + split, lse, mask=(row < count * GROUP) & (single % 8 == 0)
-        )
+        own = first_row + 4 * k + place
+        own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
+        part = (own_token * NUM_HEADS + own_head) * splits + split
+        for i in tl.static_range(REGISTERS // WARPS):
+            register = i * WARPS + warp
+            inner = register % (REGISTERS // 2)
+            own_dim = group * PAIRS + inner + register // (REGISTERS // 2) * HALF
+            own_kept = (own < rows) & (inner < PAIRS)
+            if used_splits == 1:
+                own_out = out + own_token * out_stride_token + own_head * out_stride_head
+                tl.store(own_out + own_dim, sums[i].to(DTYPE), mask=own_kept)
+            else:
+                tl.store(partial_out + part * HEAD_DIM + own_dim, sums[i], mask=own_kept)
+        if used_splits > 1:
+            own = first_row + 4 * k + group // 2
+            own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
+            part = (own_token * NUM_HEADS + own_head) * splits + split
+            tl.store(partial_lse + part, lse, mask=(own < rows) & (thread % 8 == 0) & (warp == 0))
+    if used_splits == 1:
+        return
 
-        row = first_row + 4 * k + single % 4
-        index = (first_token + row // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + row % GROUP
-        register = tl.arange(0, 4)
-        for i in tl.static_range(TILES):
-            out = outs[k * TILES + i]
-            pairs = tl.join(
-                tl.join(out[0] * share, out[2] * share), tl.join(out[1] * share, out[3] * share)
-            )
-            merged = tl.sum(tl.reshape(pairs, [WARPS, 32, 4]), axis=0)
-            inner = 2 * i + register // 2
-            dim = (single // 4 * (HEAD_DIM // 16))[:, None] + (inner + register % 2 * HALF)[None, :]
-            tl.store(
-                partial_out + (index * SPLITS + split)[:, None] * HEAD_DIM + dim,
-                merged,
-                mask=(row < count * GROUP)[:, None] & (inner < HEAD_DIM // 16)[None, :],
-            )
-
-
-@triton.jit
-def _merge_kernel(
-    partial_out,
-    partial_lse,
-    query_start_loc,
-    num_reqs,
-    rotation,
-    out,
-    out_stride_token,
-    out_stride_head,
-    NUM_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-):
-    # tl.dot needs BLOCK_ROWS rows; a program may own fewer, so that small batches fill more SMs.
-    lane = tl.arange(0, BLOCK_ROWS)
-    row = tl.program_id(0) * ROWS + lane
-    num_rows = tl.load(query_start_loc + num_reqs) * NUM_HEADS
-    keep = (lane < ROWS) & (row < num_rows)
-    index = row.to(tl.int64) * SPLITS
-    dim = tl.arange(0, DIM_PAD)
-
-    split = tl.arange(0, SPLITS)
-    lse = tl.load(partial_lse + index[:, None] + split[None, :], mask=keep[:, None], other=float("-inf"))
+    # Whoever comes last finds all parts written. The counter is left as it was found.
+    tl.debug_barrier()
+    counter = arrived + tl.program_id(0) * tl.num_programs(1) + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel") < used_splits - 1:
+        return
+    tl.store(counter, 0)
+    parts = (token * NUM_HEADS + head) * splits
+    number = tl.arange(0, MAX_SPLITS)
+    lse = tl.load(
+        partial_lse + parts[:, None] + number[None, :],
+        mask=(row < rows)[:, None] & (number < used_splits)[None, :],
+        other=float("-inf"),
+        cache_modifier=".cg",
+    )
     peak = tl.max(lse, axis=1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)
-    share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-
-    merged = tl.zeros([BLOCK_ROWS, DIM_PAD], tl.float32)
-    for i in tl.range(0, SPLITS, loop_unroll_factor=4 if SPLITS >= 4 else 1):
-        weight = tl.exp2(tl.load(partial_lse + index + i, mask=keep, other=float("-inf")) - peak)
-        # An empty split has written no output.
-        part = tl.load(
-            partial_out + ((index + i) * HEAD_DIM)[:, None] + dim[None, :],
-            mask=(weight > 0)[:, None] & (dim < HEAD_DIM)[None, :],
+    merged = tl.zeros([ROWS, 2 * HALF_PAD], tl.float32)
+    for i in tl.range(0, used_splits):
+        own_lse = tl.load(partial_lse + parts + i, mask=row < rows, other=float("-inf"), cache_modifier=".cg")
+        piece = tl.load(
+            partial_out + ((parts + i) * HEAD_DIM)[:, None] + dim[None, :],
+            mask=kept,
             other=0.0,
+            cache_modifier=".cg",
         )
-        merged += weight[:, None] * part
-    merged *= share[:, None]
-
-    target = out + (row // NUM_HEADS).to(tl.int64) * out_stride_token
-    target += row % NUM_HEADS * out_stride_head
-    for start in tl.range(0, HEAD_DIM, BLOCK_COLUMNS):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        turned = rotated_columns(merged, rotation, column, True, HEAD_DIM)
-        tl.store(
-            target[:, None] + column[None, :],
-            turned.to(out.dtype.element_ty),
-            mask=keep[:, None] & (column < HEAD_DIM)[None, :],
-        )
+        merged += tl.exp2(own_lse - peak)[:, None] * piece
+    merged *= tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
+    tl.store(target[:, None] + dim[None, :], merged.to(DTYPE), mask=kept)
 
 
 def decode_attention(
@@ -592,6 +630,10 @@ def decode_attention(
     check_heads("query", query, fmt.head_dim)
     check_heads("out", out, fmt.head_dim)
     check(
+        query.data_ptr() % 4 == 0 and query.stride(0) % 2 == 0 and query.stride(1) % 2 == 0,
+        f"rows of query must start at multiples of 4 bytes, got strides {list(query.stride())}",
+    )
+    check(
         out.shape == query.shape and out.dtype == query.dtype,
         f"out must be {query.dtype} {list(query.shape)}, got {out.dtype} {list(out.shape)}",
     )
@@ -609,63 +651,57 @@ def decode_attention(
     )
     if not tokens or not num_reqs:
         return
+    group = num_heads // num_kv_heads
+    sets = 1 if max_query_len * group <= 4 else 2
+    row_blocks = triton.cdiv(max_query_len * group, 4 * sets)
     splits = num_splits(num_reqs, num_kv_heads)
     rows = tokens * num_heads
-    rotated = workspace.query[:tokens]
     check(
-        rotated.shape == query.shape
-        and rotated.dtype == query.dtype
+        workspace.query.dtype == query.dtype
+        and workspace.query[:tokens].shape == query.shape
+        and workspace.arrived.numel() >= num_reqs * row_blocks * num_kv_heads
         and workspace.partial_lse.numel() >= rows * splits
         and workspace.partial_out.numel() >= rows * splits * head_dim,
         f"the workspace is too small, or not of {query.dtype}, for {tokens} queries of {num_reqs} "
         f"requests, {num_heads} heads of {head_dim}",
     )
-
-    rotate(query, rotated, tables)
-    group = num_heads // num_kv_heads
+    # A Hadamard matrix is applied where the queries are read and the outputs written.
+    fused = head_dim & (head_dim - 1) == 0
+    apart = fmt.key.rotated and not fused
+    if apart:
+        rotate(query, workspace.query[:tokens], tables)
+        query = workspace.query[:tokens]
     config = tuning.config("decode", fmt, query.device)
-    sets = 1 if max_query_len * group <= 4 else 2
-    row_blocks = triton.cdiv(max_query_len * group, 4 * sets)
     _split_kernel[(num_reqs * row_blocks, num_kv_heads, splits)](
-        rotated,
+        query,
+        query.stride(0),
+        query.stride(1),
         cache,
         block_stride,
         block_table,
         block_table.stride(0),
         seq_lens,
         query_start_loc,
+        tables.rotation,
         tables.key_lut,
         tables.value_lut,
         scale * _LOG2_E,
-        workspace.partial_out,
-        workspace.partial_lse,
-        NUM_HEADS=num_heads,
-        GROUP=group,
-        SPLITS=splits,
-        ROW_BLOCKS=row_blocks,
-        SETS=sets,
-        WARPS=config["num_warps"],
-        AHEAD=config["ahead"],
-        num_warps=config["num_warps"],
-        **page_constants(fmt),
-    )
-    owned = min(_MERGE_ROWS, max(1, triton.next_power_of_2(rows) // 128))
-    _merge_kernel[(triton.cdiv(rows, owned),)](
-        workspace.partial_out,
-        workspace.partial_lse,
-        query_start_loc,
-        num_reqs,
-        tables.rotation,
         out,
         out.stride(0),
         out.stride(1),
+        workspace.partial_out,
+        workspace.partial_lse,
+        workspace.arrived,
+        splits,
         NUM_HEADS=num_heads,
-        SPLITS=splits,
-        ROWS=owned,
-        BLOCK_ROWS=_MERGE_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        HEAD_DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim),
-        num_warps=4,
-        num_stages=1,
+        GROUP=group,
+        MAX_SPLITS=MAX_SPLITS,
+        ROW_BLOCKS=row_blocks,
+        SETS=sets,
+        WARPS=config["num_warps"],
+        ROTATE=fmt.key.rotated and fused,
+        num_warps=config["num_warps"],
+        **page_constants(fmt),
     )
+    if apart:
+        rotate(out, out, tables, inverse=True, query_start_loc=query_start_loc)

@@ -19,10 +19,8 @@ from vllm_polarquant.kernels.page import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
-TABLE_BYTES = tl.constexpr(48 << 10)
-"""Static shared memory a kernel may have, and so the size of its table."""
-
-
+SHARED_BYTES = tl.constexpr(48 << 10)
+"""Static shared memory that a kernel may have."""
 
 
 @triton.constexpr_function
@@ -53,7 +51,9 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
 
     ALIGN: bytes that every pointer is a multiple of, at least 4.
     """
-    VECTOR: tl.constexpr = 4 if COUNT % 4 == 0 and ALIGN >= 16 else (2 if COUNT % 2 == 0 and ALIGN >= 8 else 1)
+    VECTOR: tl.constexpr = (
+        4 if COUNT % 4 == 0 and ALIGN >= 16 else (2 if COUNT % 2 == 0 and ALIGN >= 8 else 1)
+    )
     if _INTERPRET:
         words = ()
         for i in tl.static_range(COUNT):
@@ -74,20 +74,6 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
             pack=1,
         )
     return words
-
-
-@triton.jit
-def prefetch(pointers):
-    """Bring the line at each thread's pointer into L2."""
-    if not _INTERPRET:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.uint32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -129,6 +115,31 @@ def quad_sum(x):
     """The sum over the four lanes of each quad."""
     x += shuffle_xor(x, 1)
     return x + shuffle_xor(x, 2)
+
+
+@triton.jit
+def hadamard(values, lane, FIRST_MASK: tl.constexpr, LAST_MASK: tl.constexpr):
+    """A vector times Sylvester's matrix of +-1, its 2**k elements spread over registers and lanes.
+
+    values: a tuple of float32, the registers, which are the index's lower bits in any order; the lane
+    bits FIRST_MASK to LAST_MASK are its other bits.
+    """
+    COUNT: tl.constexpr = len(values)
+    for stage in tl.static_range(0, 6):
+        if 1 << stage < COUNT:
+            mixed = ()
+            for i in tl.static_range(COUNT):
+                other = values[i ^ (1 << stage)]
+                mixed = mixed + (other - values[i] if i & (1 << stage) else values[i] + other,)
+            values = mixed
+    for stage in tl.static_range(0, 5):
+        if 1 << stage >= FIRST_MASK and 1 << stage <= LAST_MASK:
+            sign = tl.where((lane & (1 << stage)) == 0, 1.0, -1.0)
+            mixed = ()
+            for i in tl.static_range(COUNT):
+                mixed = mixed + (values[i] * sign + shuffle_xor(values[i], 1 << stage),)
+            values = mixed
+    return values
 
 
 @triton.jit
@@ -215,19 +226,22 @@ def _mma_asm(kind):
 
 
 @triton.constexpr_function
+def exchange_bytes(registers, warps):
+    """Shared memory that `of_all_warps` and `sum_over_warps` of so many registers take."""
+    return registers * warps * 128
+
+
+@triton.constexpr_function
 def _open_asm(size):
     return f".shared .align 128 .b8 lane_table[{size}];\nmov.u32 $0, lane_table;"
 
 
 @triton.jit
-def open_table(threads, ENTRIES: tl.constexpr):
-    """Room for ENTRIES words in shared memory, each once for every lane; once a kernel."""
-    if not _INTERPRET and ENTRIES > 0:
-        SIZE: tl.constexpr = ENTRIES * 128
-        tl.static_assert(SIZE <= TABLE_BYTES)
-        tl.inline_asm_elementwise(
-            _open_asm(SIZE), "=r,r", [threads], dtype=tl.uint32, is_pure=False, pack=1
-        )
+def open_shared(threads, BYTES: tl.constexpr):
+    """Static shared memory, for the table and, after it, for exchanges between warps; once a kernel."""
+    if not _INTERPRET:
+        tl.static_assert(BYTES <= SHARED_BYTES)
+        tl.inline_asm_elementwise(_open_asm(BYTES), "=r,r", [threads], dtype=tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -274,3 +288,82 @@ def _look_up_asm(offset):
         "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
         f"ld.shared.b32 $0, [base + {offset}];}}"
     )
+
+
+@triton.jit
+def _put(address, value):
+    tl.inline_asm_elementwise(
+        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
+        "st.shared.f32 [base], $2;\nmov.u32 $0, 0;}",
+        "=r,r,f",
+        [address, value],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _get(address):
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\nld.shared.f32 $0, [base];}",
+        "=f,r",
+        [address],
+        dtype=tl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def of_all_warps(x, thread):
+    """x, float32, of the same lane of each warp, as a tuple; shared memory must be free."""
+    WARPS: tl.constexpr = thread.shape[0] // 32
+    values = ()
+    if _INTERPRET:
+        table = tl.reshape(x, [WARPS, 32])
+        warp = tl.arange(0, WARPS)[:, None]
+        for i in tl.static_range(WARPS):
+            own = tl.sum(tl.where(warp == i, table, 0.0), axis=0)
+            values = values + (tl.reshape(tl.broadcast_to(own[None, :], [WARPS, 32]), [WARPS * 32]),)
+    else:
+        tl.debug_barrier()
+        _put(thread * 4, x)
+        tl.debug_barrier()
+        for i in tl.static_range(WARPS):
+            values = values + (_get(i * 128 + thread % 32 * 4),)
+    return values
+
+
+@triton.jit
+def sum_over_warps(values, thread):
+    """The sums over warps of a tuple of float32, of the same lanes; shared memory must be free.
+
+    Register i of thread (warp, lane) of the result, a tuple, is the sum of value i * warps + warp.
+    """
+    WARPS: tl.constexpr = thread.shape[0] // 32
+    COUNT: tl.constexpr = len(values)
+    tl.static_assert(COUNT // WARPS * WARPS == COUNT)
+    warp = thread // 32
+    if _INTERPRET:
+        sums = ()
+        for i in tl.static_range(COUNT // WARPS):
+            register = tl.zeros(thread.shape, tl.float32)
+            for w in tl.static_range(WARPS):
+                own = tl.sum(tl.reshape(values[i * WARPS + w], [WARPS, 32]), axis=0)
+                own = tl.reshape(tl.broadcast_to(own[None, :], [WARPS, 32]), [WARPS * 32])
+                register = tl.where(warp == w, own, register)
+            sums = sums + (register,)
+    else:
+        tl.debug_barrier()
+        for i in tl.static_range(COUNT):
+            _put(i * (WARPS * 128) + thread * 4, values[i])
+        tl.debug_barrier()
+        sums = ()
+        for i in tl.static_range(COUNT // WARPS):
+            place = (i * WARPS + warp) * (WARPS * 128) + thread % 32 * 4
+            register = _get(place)
+            for w in tl.static_range(1, WARPS):
+                register += _get(place + w * 128)
+            sums = sums + (register,)
+    return sums

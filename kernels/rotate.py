@@ -53,12 +53,16 @@ def _rotate_kernel(
     out_stride_head,
     rotation,
     num_rows,
+    num_tokens,
+    INVERSE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
+    if num_tokens is not None:
+        num_rows = tl.minimum(num_rows, tl.load(num_tokens) * NUM_HEADS)
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = (row // NUM_HEADS).to(tl.int64)
     head = row % NUM_HEADS
@@ -69,7 +73,7 @@ def _rotate_kernel(
     target = out + token * out_stride_token + head * out_stride_head
     for start in tl.range(0, HEAD_DIM, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        turned = rotated_columns(tile.to(tl.float32), rotation, column, False, HEAD_DIM)
+        turned = rotated_columns(tile.to(tl.float32), rotation, column, INVERSE, HEAD_DIM)
         tl.store(
             target[:, None] + column[None, :],
             turned.to(out.dtype.element_ty),
@@ -77,13 +81,21 @@ def _rotate_kernel(
         )
 
 
-def rotate(x: torch.Tensor, out: torch.Tensor, tables: RotationTables) -> None:
-    """Write x @ R.T to out, as queries need it to meet rotated keys.
+def rotate(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    tables: RotationTables,
+    inverse: bool = False,
+    query_start_loc: torch.Tensor | None = None,
+) -> None:
+    """Write x @ R.T to out, as queries need it to meet rotated keys, or x @ R if inverse.
 
     Args:
         x: bfloat16 or float16 [T, heads, d], last dim dense.
-        out: like x, other memory.
+        out: like x, other memory or x itself.
         tables: codec.tables of the format.
+        inverse: whether to turn back.
+        query_start_loc: int32 [R + 1]; rows past query_start_loc[R] are then left alone.
 
     Raises:
         ValueError: for other shapes, dtypes or strides.
@@ -108,6 +120,8 @@ def rotate(x: torch.Tensor, out: torch.Tensor, tables: RotationTables) -> None:
         out.stride(1),
         tables.rotation,
         num_rows,
+        None if query_start_loc is None else query_start_loc[-1:],
+        INVERSE=inverse,
         NUM_HEADS=x.shape[1],
         HEAD_DIM=head_dim,
         DIM_PAD=triton.next_power_of_2(head_dim),

@@ -53,7 +53,7 @@ K4V4 = "polarquant_k4v4"
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Small batches would be split for a whole GPU, which takes the interpreter seconds."""
-    monkeypatch.setattr(decode, "TARGET_PROGRAMS", 16)
+    monkeypatch.setattr(decode, "PROGRAMS", 16)
 
 
 def workspace_for(batch: Batch, max_query_len: int) -> DecodeWorkspace:
@@ -76,6 +76,7 @@ def workspace_for(batch: Batch, max_query_len: int) -> DecodeWorkspace:
 def run_decode(batch: Batch, max_query_len: int) -> torch.Tensor:
     out = torch.full_like(batch.query, NAN)
     out[int(batch.query_start_loc[-1]) :] = 7
+    workspace = workspace_for(batch, max_query_len)
     decode_attention(
         batch.query,
         batch.cache,
@@ -87,8 +88,9 @@ def run_decode(batch: Batch, max_query_len: int) -> torch.Tensor:
         batch.tables,
         batch.scale,
         out,
-        workspace_for(batch, max_query_len),
+        workspace,
     )
+    assert (workspace.arrived == 0).all(), "the next launch would merge too early"
     return out
 
 
@@ -313,17 +315,17 @@ def test_decode_shares_kv_heads(group, device):
     check_decode(make_batch(fmt, [40, 3], [1, 1], torch.float16, device, 2, group), 1)
 
 
-@pytest.mark.parametrize("target_programs", [1, 4, 64])
+@pytest.mark.parametrize("programs", [1, 4, 64])
 @pytest.mark.parametrize("preset", [K4V4, LOSSLESS])
-def test_decode_with_few_and_many_splits(preset, target_programs, device, monkeypatch):
-    monkeypatch.setattr(decode, "TARGET_PROGRAMS", target_programs)
+def test_decode_with_few_and_many_splits(preset, programs, device, monkeypatch):
+    monkeypatch.setattr(decode, "PROGRAMS", programs)
     fmt = PolarFormat(preset, 64, 16)
     check_decode(make_batch(fmt, [300, 129, 64], [1, 1, 1], torch.float16, device, 1), 1)
 
 
 @pytest.mark.parametrize("query_len", [2, 3, 5, 8])
 def test_decode_of_several_queries_is_causal(query_len, device, monkeypatch):
-    monkeypatch.setattr(decode, "TARGET_PROGRAMS", 4)
+    monkeypatch.setattr(decode, "PROGRAMS", 4)
     fmt = PolarFormat(K4V4, 64, 16)
     lens = [query_len, 66, 130]
     check_decode(make_batch(fmt, lens, [query_len] * 3, torch.float16, device, 1, 3), query_len)
@@ -487,14 +489,16 @@ def test_a_workspace_fits_every_batch_and_stays_small(monkeypatch):
         assert workspace.nbytes < 120e6 * heads / 32
 
 
-def test_splits_depend_on_the_launch_alone(monkeypatch):
+def test_splits_fill_whole_rounds_of_programs(monkeypatch):
     monkeypatch.undo()
     assert num_splits(1, 1) == decode.MAX_SPLITS
     assert num_splits(10_000, 8) == 1
     for reqs in range(1, 300):
         splits = num_splits(reqs, 8)
-        assert splits & (splits - 1) == 0
-        assert splits >= num_splits(reqs + 1, 8)
+        assert 1 <= splits <= decode.MAX_SPLITS
+        launched = reqs * 8 * splits
+        slots = -(-launched // decode.PROGRAMS) * decode.PROGRAMS
+        assert launched / slots > 0.75, f"{reqs} requests leave a quarter of the GPU idle"
 
 
 def test_specific_launch_parameters_win():
