@@ -157,9 +157,7 @@ def work(pipe: Connection, todo: Sequence[Job], device: str, budget_ms: float, f
     import torch
 
     bench = Bench(device, budget_ms)
-    environment = {"device": report.device_name() if device == "cuda" else "CPU, interpreted"}
-    limits = _bandwidth() if device == "cuda" and first else {}
-    pipe.send(("environment", environment, limits))
+    pipe.send(("limits", None, _bandwidth() if device == "cuda" and first else {}))
     for i, (case, name) in enumerate(todo):
         pipe.send(("start", i))
         fatal = False
@@ -182,7 +180,7 @@ def work(pipe: Connection, todo: Sequence[Job], device: str, budget_ms: float, f
 def measure(
     todo: Sequence[Job], device: str, budget_ms: float, limit_s: float
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield ("environment", facts, bandwidths) and then ("cell", job, result) for every job, in order."""
+    """Yield ("limits", None, bandwidths) and then ("cell", job, result) for every job, in order."""
     context = multiprocessing.get_context("spawn")
     done = 0
     greeted = False
@@ -206,7 +204,7 @@ def measure(
                 break
             if message is None:
                 lost = f"exceeded {wait:.0f} s"
-            elif message[0] == "environment":
+            elif message[0] == "limits":
                 if not greeted:
                     yield message
                 greeted = True
@@ -379,16 +377,15 @@ def main(
         cases = tiny_cases()
     todo = jobs((case for case in cases if case.op in ops.split(",")), names, everywhere=full)
     found: Report = {
-        "environment": report.versions() | report.query_gpu(),
+        "environment": report.environment(),
         "command": f"python -m {__spec__.name} {' '.join(sys.argv[1:])}".strip(),
         "contenders": names,
         "bandwidth": {},
         "cells": [],
     }
     for kind, what, result in measure(todo, device, budget_ms, limit):
-        if kind == "environment":
-            state = result.pop("state", {})
-            found["environment"] = what | found["environment"] | state
+        if kind == "limits":
+            found["environment"] |= result.pop("state", {})
             found["bandwidth"] = result
             continue
         case, name = what

@@ -24,6 +24,7 @@ import vllm_polarquant
 Report = dict[str, Any]
 
 _GPU_FIELDS = {
+    "device": "name",
     "driver": "driver_version",
     "SM clock": "clocks.sm",
     "memory clock": "clocks.mem",
@@ -47,7 +48,7 @@ def gpu_state(line: str) -> dict[str, str]:
 
 
 def query_gpu() -> dict[str, str]:
-    """Driver, clocks and power limit of the first visible GPU; empty where there is none to ask."""
+    """Name, driver, clocks and power limit of the first visible GPU; empty where there is none to ask."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     try:
         asked = subprocess.run(
@@ -58,22 +59,19 @@ def query_gpu() -> dict[str, str]:
         return {}
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a measurement depends on, "not installed" for what is missing; and the date."""
-    found = {"date": date.today().isoformat(), "vllm-polarquant": vllm_polarquant.__version__}
+def environment() -> dict[str, str]:
+    """The device, versions of what a measurement depends on ("not installed" if missing), and the date.
+
+    Asks nvidia-smi and not torch, which would take memory on the GPU for this process.
+    """
+    found = query_gpu() or {"device": f"CPU ({platform.machine()})"}
+    found["vllm-polarquant"] = vllm_polarquant.__version__
     for name in ("vllm", "torch", "triton"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
-
-
-def device_name() -> str:
-    """The GPU in use, or the processor."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return found | {"date": date.today().isoformat()}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -100,9 +98,11 @@ def ratio(cell: Any, base: Any) -> float | None:
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """A number with so many significant digits, thousands separated; a dash for None."""
+    """A number with so many significant digits (an int with all), thousands separated; a dash for None."""
     if x is None:
         return "-"
+    if isinstance(x, int):
+        return f"{x:,}"
     if x == 0:
         return "0"
     places = max(0, digits - 1 - math.floor(math.log10(abs(x))))
