@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +109,7 @@ class Bench:
     def run(self, case: Case, name: str) -> dict[str, Any]:
         """Microseconds a call, the errors of what the calls computed, and the bytes that had to move."""
         from vllm_polarquant.eval import contenders, peers
-        from vllm_polarquant.eval.timer import time_calls
+        from vllm_polarquant.eval.timer import Call, time_calls
 
         contender = contenders.Polar(name) if name in PRESETS else peers.peer(name)
         if name not in PRESETS and self.device.type != "cuda":
@@ -120,7 +121,7 @@ class Bench:
         result: dict[str, Any] = {"slot_bytes": slot_bytes, "bytes": case.moved_bytes(slot_bytes)}
         if case.op == "store":
             new = inputs.key, inputs.value, inputs.slots
-            calls = [lambda layer=layer: layer.store(*new) for layer in layers]  # type: ignore[misc]
+            calls: list[Call] = [partial(layer.store, *new) for layer in layers]
         else:
             contenders.fill(layers, list(caches), inputs)
             out = layers[0].attend()[contenders.checked_rows(case)]
@@ -155,6 +156,9 @@ def work(pipe: Connection, todo: Sequence[Job], device: str, budget_ms: float, f
         # Triton decides when it is first imported.
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
+
+    # Loaded now, so that no cell's time pays for it.
+    from vllm_polarquant.eval import contenders, peers  # noqa: F401
 
     bench = Bench(device, budget_ms)
     pipe.send(("limits", None, _bandwidth() if device == "cuda" and first else {}))
@@ -355,8 +359,8 @@ def main(
     """Measure the grid; a cell that fails is reported in its place, and the rest are finished."""
     console = Console()
     if render is not None:
-        found = json.loads(render.read_text())
-        console.print(*report.write(out, TITLE, found, sections(found)), sep="\n")
+        old = json.loads(render.read_text())
+        console.print(*report.write(out, TITLE, old, sections(old)), sep="\n")
         return
     names = [name for name in dtypes.split(",") if name]
     known = (*PEERS, *PRESETS)
@@ -393,7 +397,7 @@ def main(
         console.print(f"{case.op} {case.label} {name}: {report.shown(result)}", markup=False, soft_wrap=True)
         report.save(out, found)
     for name, speed in found["bandwidth"].items():
-        found["environment"][f"{name} bandwidth"] = f"{report.value(speed) / 1e12:.2f} TB/s"
+        found["environment"][f"{name} bandwidth"] = f"{(report.value(speed) or 0) / 1e12:.2f} TB/s"
     _print(console, found)
     console.print(*report.write(out, TITLE, found, sections(found)), sep="\n")
     if not any("median" in cell["result"] for cell in found["cells"]):

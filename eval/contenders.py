@@ -186,7 +186,7 @@ class Polar:
         case = inputs.case
         fmt = PolarFormat(self.name, case.head_dim, case.block_size)
         kind = PolarPrefix if case.op == "prefix" else PolarLayer
-        scratch = kind.scratch(inputs)
+        scratch = kind.allocate(inputs)
         return [kind(inputs, fmt, cache.transpose(1, 2), scratch) for cache in caches]
 
 
@@ -199,7 +199,7 @@ class PolarLayer:
         self.out = torch.empty_like(inputs.query)
 
     @staticmethod
-    def scratch(inputs: Inputs) -> object:
+    def allocate(inputs: Inputs) -> object:
         """What all layers share."""
         case = inputs.case
         return DecodeWorkspace.allocate(
@@ -252,7 +252,7 @@ class PolarPrefix(PolarLayer):
     """A chunk of one request on its quantised prefix, in the steps of gpu.py's prefill."""
 
     @staticmethod
-    def scratch(inputs: Inputs) -> object:
+    def allocate(inputs: Inputs) -> object:
         case = inputs.case
         row = case.kv_heads * case.head_dim * DTYPE.itemsize
         tokens = max(1024, PREFIX_WORKSPACE_BYTES // (2 * row))

@@ -41,6 +41,9 @@ NVIDIA_SMI = [
 _REASON = 80
 """Characters of an error that a table shows; the JSON has all."""
 
+_CROWDED = 6
+"""Groups of bars from which a panel takes the figure's whole width."""
+
 
 def gpu_state(line: str) -> dict[str, str]:
     """One line of NVIDIA_SMI's output, by name."""
@@ -171,28 +174,36 @@ def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
 
 
 def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draw the panels under each other."""
+    """Draw the panels, two in a row where none has many groups."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, rows = plt.subplots(
-        len(panels), figsize=(11, 0.6 + 3.2 * len(panels)), layout="constrained", squeeze=False
+    crowded = max(len(panel.labels) for panel in panels) > _CROWDED
+    columns = 1 if crowded or len(panels) == 1 else 2
+    lines = -(-len(panels) // columns)
+    figure, places = plt.subplots(
+        lines, columns, figsize=(12, 0.6 + 3.2 * lines), layout="constrained", squeeze=False
     )
     figure.suptitle(title)
-    for axes, panel in zip(rows[:, 0], panels, strict=True):
-        width = 0.8 / max(1, len(panel.series))
-        for i, (name, heights) in enumerate(panel.series.items()):
-            places = [x + (i + 0.5) * width - 0.4 for x in range(len(panel.labels))]
-            drawn = [(x, y) for x, y in zip(places, heights, strict=True) if y is not None]
+    for axes in places.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(places.flat, panels, strict=False):
+        series = {name: bars for name, bars in panel.series.items() if any(y is not None for y in bars)}
+        width = 0.8 / max(1, len(series))
+        for i, (name, heights) in enumerate(series.items()):
+            at = [x + (i + 0.5) * width - 0.4 for x in range(len(panel.labels))]
+            drawn = [(x, y) for x, y in zip(at, heights, strict=True) if y is not None]
             axes.bar([x for x, _ in drawn], [y for _, y in drawn], width, label=name)
         if panel.line is not None:
             axes.axhline(panel.line, color="black", linewidth=0.8, linestyle="--")
-        axes.set_xticks(range(len(panel.labels)), panel.labels, rotation=20, ha="right", fontsize=8)
+        tilt = {"rotation": 20, "ha": "right"} if len(panel.labels) > _CROWDED else {}
+        axes.set_xticks(range(len(panel.labels)), panel.labels, fontsize=8, **tilt)
         axes.set_ylabel(panel.ylabel)
         axes.set_title(panel.title, fontsize=10)
-        axes.legend(fontsize=7, ncols=4)
+        if len(series) > 1:
+            axes.legend(fontsize=7, ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
