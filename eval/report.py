@@ -91,7 +91,7 @@ def value(cell: Any) -> float | None:
     """The median of a measured cell, a plain number as it is, None for a cell that failed."""
     if isinstance(cell, Mapping):
         cell = cell.get("median")
-    return float(cell) if isinstance(cell, int | float) and math.isfinite(cell) else None
+    return cell if isinstance(cell, int | float) and math.isfinite(cell) else None
 
 
 def ratio(cell: Any, base: Any) -> float | None:
