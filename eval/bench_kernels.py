@@ -346,7 +346,10 @@ def main(
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run on tiny shapes.")] = "cuda",
     full: Annotated[bool, typer.Option("--full", help="The whole product of shapes and presets.")] = False,
     decode: Annotated[
-        str, typer.Option(help="These decodes only: BATCHxCONTEXT[xGROUP[xHEAD_DIM]], comma-separated.")
+        str,
+        typer.Option(
+            help="These decodes only, comma-separated: BATCHxCONTEXT, ...xGROUP or ...xGROUPxHEAD_DIM."
+        ),
     ] = "",
     ops: Annotated[str, typer.Option(help="Operations, comma-separated.")] = ",".join(_OPERATIONS),
     dtypes: Annotated[str, typer.Option(help="--kv-cache-dtype names, comma-separated.")] = ",".join(
