@@ -16,7 +16,7 @@ help:
 	@echo "make demo    run the shipped model with bf16 and with polar-coded pages and compare"
 	@echo "make test    lint, then every test"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   capacity, prefill and TPOT in the engine, beside bf16 and fp8 (needs an NVIDIA GPU)"
+	@echo "make bench   kernels and engine beside bf16, fp8 and vLLM's 4-bit caches (needs an NVIDIA GPU)"
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
 
 setup: $(READY)
@@ -25,7 +25,13 @@ demo: $(READY)
 	$(BIN)/python -m vllm_polarquant.eval.demo
 
 bench: $(READY)
-	$(BIN)/python -m vllm_polarquant.eval.bench_engine
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		$(BIN)/python -m vllm_polarquant.eval.bench_kernels && \
+		$(BIN)/python -m vllm_polarquant.eval.bench_engine \
+			--ttft-prefix 100000x8192 --full-memory 16384; \
+	else \
+		echo "No NVIDIA GPU: there is nothing to measure here. make test tries the benchmarks on tiny shapes."; \
+	fi
 
 test: lint
 	$(BIN)/pytest

@@ -1,0 +1,168 @@
+"""Which shapes the kernel benchmark measures. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
+
+Operation = Literal["decode", "store", "prefix"]
+
+PEERS = ("auto", "fp8", "turboquant_4bit_nc", "int4_per_token_head")
+"""The --kv-cache-dtype names of vLLM's own caches that ours are measured beside; `auto` is bfloat16."""
+
+FLUSH_BYTES = 4 << 26
+"""What the layers of one measurement read together: four times 64 MiB, more than a GPU's L2 cache."""
+
+MAX_LAYERS = 64
+STORE_POOL = 1 << 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape.
+
+    decode: a token each of `batch` requests that have `context` tokens, their own included. prefix: a
+    chunk of `tokens` tokens of each request, after `context` cached ones. store: `tokens` tokens go to
+    slots of a cache of `context` tokens.
+    """
+
+    op: Operation
+    batch: int
+    context: int
+    tokens: int = 1
+    group: int = 4
+    head_dim: int = 128
+    kv_heads: int = 8
+    block_size: int = 16
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.group * self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a request after the operation."""
+        return self.context + (self.tokens if self.op == "prefix" else 0)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one layer's cache."""
+        return self.batch * -(-self.seq_len // self.block_size)
+
+    def layer_bytes(self, slot_bytes: int) -> int:
+        """Bytes of one layer's cache, at so many bytes a token a KV head."""
+        return self.blocks * self.block_size * self.kv_heads * slot_bytes
+
+    def layers(self, slot_bytes: int, flush_bytes: int = FLUSH_BYTES) -> int:
+        """Caches to take turns with, so that none is still in the GPU's L2 cache when it is read again."""
+        return max(1, min(MAX_LAYERS, -(-flush_bytes // self.layer_bytes(slot_bytes))))
+
+    def moved_bytes(self, slot_bytes: int) -> int:
+        """Bytes that the operation cannot avoid to read and write: pages, and new keys and values."""
+        vector = self.kv_heads * self.head_dim * 2
+        if self.op == "store":
+            return self.tokens * (2 * vector + self.kv_heads * slot_bytes)
+        pages = self.batch * self.context * self.kv_heads * slot_bytes
+        return pages + (2 * self.batch * self.tokens * vector if self.op == "prefix" else 0)
+
+    @property
+    def label(self) -> str:
+        """Short name of the shape."""
+        shape = {
+            "decode": f"{self.batch} x {short(self.context)}",
+            "store": f"{short(self.tokens)} tokens",
+            "prefix": f"{short(self.tokens)} on {short(self.context)}",
+        }[self.op]
+        return f"{shape}, GQA {self.group}, d {self.head_dim}" if self.op != "store" else (
+            f"{shape}, d {self.head_dim}"
+        )  # fmt: skip
+
+
+def short(count: int) -> str:
+    """16384 as 16k."""
+    return f"{count >> 10}k" if count >= 1024 and count % 1024 == 0 else str(count)
+
+
+CENTRE = Case("decode", 32, 16384)
+"""The shape around which the default grid varies one thing at a time."""
+
+_STORES = [Case("store", 1, STORE_POOL, tokens=n) for n in (32, 512, 8192)]
+_PREFIXES = [
+    Case("prefix", 1, context, tokens=tokens)
+    for tokens, context in ((2048, 16384), (8192, 32768), (8192, 102400))
+]
+
+
+def default_cases() -> list[Case]:
+    """Every axis around CENTRE, the corners that small and long batches are judged by, store and prefix."""
+    decodes = [CENTRE]
+    decodes += [replace(CENTRE, batch=batch) for batch in (1, 8, 128)]
+    decodes += [replace(CENTRE, context=context) for context in (1024, 8192, 32768)]
+    decodes += [replace(CENTRE, batch=b, context=c) for b, c in ((1, 131072), (8, 1024), (128, 1024))]
+    decodes += [replace(CENTRE, group=group) for group in (1, 8)]
+    decodes += [replace(CENTRE, head_dim=head_dim) for head_dim in (64, 256)]
+    return [*decodes, *_STORES, *_PREFIXES]
+
+
+def full_cases() -> list[Case]:
+    """The whole product of batches, contexts, group sizes and head sizes, store and prefix at each head."""
+    dims = (128, 64, 256)
+    decodes = [
+        Case("decode", batch, context, group=group, head_dim=head_dim)
+        for head_dim, group, batch, context in product(
+            dims, (4, 1, 8), (1, 8, 32, 128), (1024, 8192, 16384, 32768, 131072)
+        )
+        if context != 16384 or batch == 32
+    ]
+    rest = [replace(case, head_dim=head_dim) for head_dim in dims for case in _STORES + _PREFIXES]
+    return decodes + rest
+
+
+def tiny_cases() -> list[Case]:
+    """Shapes that Triton's interpreter takes seconds for."""
+    small = Case("decode", 2, 80, group=2, head_dim=64, kv_heads=1)
+    return [
+        small,
+        replace(small, op="store", batch=1, context=128, tokens=5),
+        replace(small, op="prefix", batch=1, context=48, tokens=16),
+    ]
+
+
+def jobs(cases: Iterable[Case], contenders: Sequence[str], everywhere: bool) -> list[tuple[Case, str]]:
+    """Pairs to measure. Presets other than the default one run everywhere, or where a row compares them.
+
+    Those rows are CENTRE, the largest store, and every case where no such row is in the grid.
+    """
+    cases = list(cases)
+    compared = {CENTRE, _STORES[-1]} & set(cases) or set(cases)
+    return [
+        (case, name)
+        for case in cases
+        for name in contenders
+        if everywhere or name not in PRESETS or name == DEFAULT_PRESET or case in compared
+    ]
+
+
+def parse_decode(text: str) -> list[Case]:
+    """Decode cases from "32x16384,8x1024x8x256": batch, context, and group and head size if not 4, 128.
+
+    Raises:
+        ValueError: naming what could not be read.
+    """
+    cases = []
+    for part in text.split(","):
+        numbers = [int(n) for n in part.split("x") if n.isdecimal()]
+        if len(numbers) != part.count("x") + 1 or not 2 <= len(numbers) <= 4 or 0 in numbers:
+            raise ValueError(f"{part!r} is not BATCHxCONTEXT, BATCHxCONTEXTxGROUP or ...xHEAD_DIM")
+        batch, context, group, head_dim = [*numbers, *(4, 128)[len(numbers) - 2 :]]
+        cases.append(Case("decode", batch, context, group=group, head_dim=head_dim))
+    return cases

@@ -1,0 +1,401 @@
+"""The benchmarks: their grid, limits, checks and reports on a CPU; the peers' kernels on a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from engine_runs import MODEL, child_env
+
+from vllm_polarquant.eval import bench_engine, bench_kernels, contenders, grid, report
+from vllm_polarquant.eval.bench_kernels import Bench
+from vllm_polarquant.eval.grid import CENTRE, PEERS, Case, default_cases, jobs, parse_decode, tiny_cases
+from vllm_polarquant.eval.timer import MIN_ROUNDS, time_calls
+from vllm_polarquant.format import LOSSLESS, PRESETS
+from vllm_polarquant.kernels import decode
+
+K4V4 = "polarquant_k4v4"
+TINY = {case.op: case for case in tiny_cases()}
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here")
+
+
+# Reports.
+
+
+def test_a_spread_keeps_the_median_and_both_ends() -> None:
+    assert report.spread([3.0, 1.0, 10.0]) == {"median": 3.0, "min": 1.0, "max": 10.0, "repeats": 3}
+
+
+def test_a_ratio_needs_both_measurements() -> None:
+    assert report.ratio({"median": 3.0}, 2) == 1.5
+    failed = {"error": "RuntimeError: no"}
+    for cell, base in ((failed, 1.0), (1.0, failed), (None, 1.0), (1.0, None), (1.0, 0), (float("nan"), 1.0)):
+        assert report.ratio(cell, base) is None
+        assert report.times(report.ratio(cell, base)) == "-"
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ({"median": 489.24, "min": 480.0, "max": 500.0, "repeats": 5}, "489.2 (480.0-500.0)"),
+        ({"median": 2, "min": 2, "max": 2, "repeats": 1}, "2"),
+        ({"error": "ValueError: bad | worse"}, "ValueError: bad | worse"),
+        (3448656, "3,448,656"),
+        (0.001234, "0.001234"),
+        (None, "-"),
+    ],
+)
+def test_a_cell_shows_its_number_or_why_there_is_none(cell: Any, text: str) -> None:
+    assert report.shown(cell) == text
+
+
+def test_a_table_has_one_line_a_row_whatever_a_cell_holds() -> None:
+    table = report.markdown_table(["a", "b"], [["1", "two\nlines"], ["x|y", ""]]).splitlines()
+    assert table == ["| a | b |", "| --- | ---: |", "| 1 | two lines |", "| x\\|y |  |"]
+
+
+def test_write_makes_all_three_files(tmp_path: Path) -> None:
+    panel = report.Panel("speed", "x", ["one", "two"], {"ours": [1.0, None], "lost": [None, None]}, line=1.0)
+    section = report.Section("Decode", ["shape", "us"], [["8 x 1k", "5"]], note="A note.", panels=[panel])
+    found = {"environment": {"device": "GPU 1"}, "command": "run --this"}
+    lines = report.write(tmp_path / "deep" / "v1.2", "Title", found, [section])
+    assert [Path(line).name for line in lines] == ["v1.2.json", "v1.2.md", "v1.2.png"]
+    assert json.loads(Path(lines[0]).read_text()) == found
+    text = Path(lines[1]).read_text()
+    for part in ("# Title", "device GPU 1", "`run --this`", "## Decode", "| 8 x 1k | 5 |", "A note."):
+        assert part in text
+    assert Path(lines[2]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_write_says_how_to_draw_later_without_matplotlib(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    panel = report.Panel("speed", "x", ["one"], {"ours": [1.0]})
+    section = report.Section("Decode", ["shape"], [["8 x 1k"]], panels=[panel])
+    lines = report.write(tmp_path / "r", "Title", {"environment": {}, "command": ""}, [section])
+    assert "--render" in lines[2]
+    assert (tmp_path / "r.md").exists() and not (tmp_path / "r.png").exists()
+
+
+def test_gpu_state_reads_a_line_of_nvidia_smi() -> None:
+    state = report.gpu_state("NVIDIA H200, 580.159, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W\n")
+    assert state["device"] == "NVIDIA H200"
+    assert state["SM clock"] == "1980 MHz"
+    assert state["power limit"] == "700.00 W"
+
+
+# The grid.
+
+
+def test_the_default_grid_varies_one_thing_at_a_time_and_has_the_judged_shapes() -> None:
+    decodes = [case for case in default_cases() if case.op == "decode"]
+    assert len(set(decodes)) == len(decodes)
+    corners = {(1, 131072), (8, 1024), (128, 1024)}
+    axes = {"batch": set(), "context": set(), "group": set(), "head_dim": set()}
+    for case in decodes:
+        differs = [axis for axis in axes if getattr(case, axis) != getattr(CENTRE, axis)]
+        assert len(differs) <= 1 or (case.batch, case.context) in corners
+        for axis in differs:
+            axes[axis].add(getattr(case, axis))
+    assert axes["batch"] == {1, 8, 128}
+    assert axes["context"] == {1024, 8192, 32768, 131072}
+    assert axes["group"] == {1, 8}
+    assert axes["head_dim"] == {64, 256}
+    assert (CENTRE.batch, CENTRE.context, CENTRE.group, CENTRE.head_dim) == (32, 16384, 4, 128)
+
+
+def test_the_full_grid_is_the_whole_product() -> None:
+    decodes = {c for c in grid.full_cases() if c.op == "decode"}
+    shapes = {(c.batch, c.context, c.group, c.head_dim) for c in decodes}
+    assert len(shapes) == len(decodes) == 3 * 3 * (4 * 4 + 1)
+    assert {(128, 131072, 8, 256), (1, 1024, 1, 64), (32, 16384, 4, 128)} <= shapes
+    assert set(default_cases()) - grid_extras() <= set(grid.full_cases())
+
+
+def grid_extras() -> set[Case]:
+    """Batches other than 32 at 16k, which only the default grid has."""
+    return {replace(CENTRE, batch=batch) for batch in (1, 8, 128)}
+
+
+def test_every_preset_is_measured_at_the_centre_and_peers_everywhere() -> None:
+    todo = jobs(default_cases(), [*PEERS, *PRESETS], everywhere=False)
+    assert {name for case, name in todo if case == CENTRE} == {*PEERS, *PRESETS}
+    for case in default_cases():
+        assert {*PEERS, K4V4} <= {name for mine, name in todo if mine == case}
+    assert len(jobs(default_cases(), [*PRESETS], everywhere=True)) == len(default_cases()) * len(PRESETS)
+
+
+def test_bytes_of_the_centre_are_those_of_the_pages() -> None:
+    # 32 x 16,384 tokens, 8 heads, 132 bytes: the 126 us of docs/kernels.md at 4.4 TB/s.
+    assert CENTRE.moved_bytes(132) == CENTRE.layer_bytes(132) == 553_648_128
+    store = Case("store", 1, 65536, tokens=512)
+    assert store.moved_bytes(132) == 512 * 8 * (2 * 2 * 128 + 132)
+
+
+def test_layers_together_exceed_the_l2_cache() -> None:
+    small = replace(CENTRE, batch=8, context=1024)
+    assert CENTRE.layers(132) == 1
+    assert small.layers(132) * small.layer_bytes(132) >= 4 * (60 << 20)
+    assert replace(CENTRE, batch=1, context=16).layers(132) == grid.MAX_LAYERS
+
+
+def test_parse_decode() -> None:
+    assert parse_decode("32x16384,8x1024x8x256") == [CENTRE, Case("decode", 8, 1024, group=8, head_dim=256)]
+    for bad in ("32", "32x", "0x16", "ax16", "1x2x3x4x5", "32x-1"):
+        with pytest.raises(ValueError, match="BATCHxCONTEXT"):
+            parse_decode(bad)
+
+
+# Timing and measuring.
+
+
+def test_time_calls_makes_every_call_equally_often_and_times_one() -> None:
+    made: list[int] = []
+
+    def call(i: int) -> None:
+        made.append(i)
+        time.sleep(0.002)
+
+    times = time_calls([lambda: call(0), lambda: call(1)], CPU, budget_ms=1)
+    assert len(times) == MIN_ROUNDS
+    assert all(2000 <= t < 20000 for t in times)
+    # The first is called once more, to see how long a call takes.
+    assert made.count(0) == made.count(1) + 1
+    quick = time_calls([lambda: None], CPU, budget_ms=1000)
+    assert len(quick) > MIN_ROUNDS
+
+
+@pytest.fixture
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits for a whole GPU take the interpreter minutes."""
+    monkeypatch.setattr(decode, "TARGET_PROGRAMS", 8)
+
+
+@interpreted
+@pytest.mark.parametrize("case", TINY.values(), ids=TINY)
+def test_ours_is_measured_and_checked(case: Case, few_splits: None) -> None:
+    result = Bench("cpu", budget_ms=1).run(case, K4V4)
+    assert result["min"] > 0
+    assert result["slot_bytes"] == 68
+    assert result["layers"] == 2
+    if case.op != "store":
+        # Two 4-bit vectors: sqrt(.0079) each on the values and, through the softmax, on the keys.
+        assert 0.05 < result["errors"]["exact"] < 0.2
+    if case.op == "decode":
+        assert result["errors"]["reference"] < bench_kernels.WRONG["reference"]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["reference", "exact"])
+def test_wrong_output_fails_the_cell(kind: str, few_splits: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contenders.decode_attention
+
+    def broken(query: torch.Tensor, *rest: Any) -> None:
+        right(query, *rest)
+        out = rest[-2]
+        # 5 % off shows against the reference; another request's output against both.
+        out.mul_(1.05) if kind == "reference" else out.copy_(out.flip(1))
+
+    monkeypatch.setattr(contenders, "decode_attention", broken)
+    with pytest.raises(ArithmeticError, match=kind):
+        Bench("cpu", budget_ms=1).run(TINY["decode"], K4V4)
+
+
+@interpreted
+@pytest.mark.parametrize("op", ["decode", "prefix"])
+def test_exact_attention_is_that_of_lossless_pages(op: str) -> None:
+    """`fill` puts the pattern where `exact_attention` looks for it, in every layer, request and block."""
+    # More blocks than the pattern has, so that it repeats.
+    case = replace(
+        TINY[op], batch=2 if op == "decode" else 1, context=16 * 150 + (16 if op == "decode" else 0)
+    )
+    inputs = contenders.make_inputs(case, CPU)
+    contender = contenders.Polar(LOSSLESS)
+    shape = (2, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))
+    caches = list(torch.full(shape, 0xFF, dtype=torch.uint8))
+    layers = contender.open(inputs, caches)
+    contenders.fill(layers, caches, inputs)
+    want = contenders.exact_attention(inputs)
+    rows = contenders.checked_rows(case)
+    for layer in layers:
+        assert isinstance(layer, contenders.PolarLayer)
+        if op == "decode":
+            have = layer.reference()
+        else:
+            have = contenders.reference.attention(
+                inputs.query, layer.cache, inputs.block_table, inputs.seq_lens, inputs.query_start_loc,
+                layer.fmt, case.scale,
+            )[rows]  # fmt: skip
+        assert contenders.relative_error(have, want) < 1e-9
+
+
+@interpreted
+def test_the_prefix_runs_over_several_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(TINY["prefix"], context=1200)
+    monkeypatch.setattr(contenders, "PREFIX_WORKSPACE_BYTES", 1)
+    inputs = contenders.make_inputs(case, CPU)
+    contender = contenders.Polar(LOSSLESS)
+    shape = (1, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))
+    caches = list(torch.zeros(shape, dtype=torch.uint8))
+    layers = contender.open(inputs, caches)
+    contenders.fill(layers, caches, inputs)
+    out = layers[0].attend()[contenders.checked_rows(case)]
+    assert contenders.relative_error(out, contenders.exact_attention(inputs)) < 0.015
+
+
+def test_what_does_not_fit_says_so() -> None:
+    with pytest.raises(MemoryError, match="does not fit"):
+        Bench("cpu", 1)._caches(replace(CENTRE, batch=128, context=131072), 512)
+
+
+def test_a_missing_vllm_is_called_not_installed() -> None:
+    assert bench_kernels._explain(ModuleNotFoundError("No module", name="vllm.config")) == "not installed"
+    assert bench_kernels._explain(ModuleNotFoundError("No module", name="other")).startswith("ModuleNotFound")
+
+
+@interpreted
+@pytest.mark.slow
+def test_a_cell_that_takes_too_long_costs_only_itself() -> None:
+    endless = replace(TINY["decode"], batch=1, context=16384)
+    todo = [(TINY["store"], K4V4), (endless, K4V4), (TINY["store"], "auto"), (TINY["store"], K4V4)]
+    found = list(bench_kernels.measure(todo, "cpu", budget_ms=1, limit_s=20))
+    assert [kind for kind, *_ in found] == ["limits", *["cell"] * 4]
+    assert [job for _, job, _ in found[1:]] == todo
+    first, late, peer, last = (result for *_, result in found[1:])
+    assert late == {"error": "exceeded 20 s"}
+    assert "needs a GPU" in peer["error"]
+    assert first["median"] > 0 and last["median"] > 0
+
+
+def kernel_report() -> dict[str, Any]:
+    cells = []
+    speeds = {"auto": 480.0, "fp8": 240.0, K4V4: 160.0}
+    for case in (CENTRE, replace(CENTRE, batch=1)):
+        for name in ("auto", "fp8", "int4_per_token_head", K4V4):
+            result: dict[str, Any] = {"error": "ValueError: its words"}
+            if name in speeds:
+                taken = speeds[name]
+                result = {"bytes": 440_000_000, "slot_bytes": 132, **report.spread([taken])}
+            cells.append({"op": "decode", "label": case.label, "name": name, "result": result})
+    bandwidth = {"copy": {"median": 4.0e12}, "read": {"median": 4.4e12}}
+    names = ["auto", "fp8", "int4_per_token_head", K4V4]
+    return {"environment": {}, "command": "", "contenders": names, "bandwidth": bandwidth, "cells": cells}
+
+
+def test_the_kernel_table_holds_ratios_the_limit_and_failures_by_name() -> None:
+    (decodes,) = bench_kernels.sections(kernel_report())
+    assert decodes.header[:5] == ["shape", "auto", "fp8", "int4_per_token_head", K4V4]
+    shape, *times, limit, to_auto, to_fp8, share = decodes.rows[0]
+    assert shape == CENTRE.label
+    assert times == ["480.0", "240.0", "ValueError: its words", "160.0"]
+    # 440 MB at the better bandwidth, 4.4 TB/s, are 100 us.
+    assert (limit, to_auto, to_fp8, share) == ("100", "3.00x", "1.50x", "62%")
+    (panel,) = decodes.panels
+    assert panel.series[K4V4] == [3.0, 3.0]
+    assert panel.series["int4_per_token_head"] == [None, None]
+    assert panel.series["HBM limit"] == pytest.approx([4.8, 4.8])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("op", ["decode", "prefix"])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("auto", 0.01),
+        ("fp8", 0.08),
+        ("turboquant_4bit_nc", 0.2),
+        ("int4_per_token_head", 0.2),
+        (K4V4, 0.2),
+    ],
+)
+def test_peers_and_ours_compute_attention(op: str, name: str, most: float) -> None:
+    case = Case("decode", 4, 1024) if op == "decode" else Case("prefix", 1, 2048, tokens=512)
+    result = Bench("cuda", budget_ms=5).run(case, name)
+    assert 0 < result["errors"]["exact"] < most
+    assert result["median"] > 0
+
+
+# The engine.
+
+
+def test_parse_shapes() -> None:
+    assert bench_engine.parse_shapes("8x1024,32x16384") == [(8, 1024), (32, 16384)]
+    assert bench_engine.parse_shapes("") == []
+    for bad in ("8", "8x", "x8", "0x8", "8x1x2"):
+        with pytest.raises(typer.BadParameter):
+            bench_engine.parse_shapes(bad)
+
+
+def test_a_step_is_that_of_the_request_which_started_last() -> None:
+    def output(first: float, last: float) -> Any:
+        stats = SimpleNamespace(first_token_ts=first, last_token_ts=last, num_generation_tokens=11)
+        return SimpleNamespace(metrics=stats)
+
+    # The first request's tokens waited for the second's prefill.
+    assert bench_engine.step_ms([output(1.0, 9.0), output(5.0, 5.2)]) == pytest.approx(20)
+
+
+def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_left() -> None:
+    full = {"requests": 54, "tokens_per_s": report.spread([1000.0]), "fill_s": 1.0, "preemptions": 0}
+    runs = {
+        "auto": {"kv_tokens": 1000, "tpot_ms 32x16384": report.spread([20.0]), "full_memory 16384": full},
+        K4V4: {
+            "kv_tokens": 3900,
+            "tpot_ms 32x16384": report.spread([10.0]),
+            "full_memory 16384": full | {"requests": 210, "tokens_per_s": report.spread([2500.0])},
+        },
+        "int4_per_token_head": {"kv_tokens": 3800, "error": "exceeded 300 s"},
+    }
+    fits, steps, memory = bench_engine.sections({"environment": {}, "command": "", "runs": runs})
+    assert [row[:3] for row in fits.rows] == [
+        ["auto", "1,000", "1.00x"],
+        [K4V4, "3,900", "3.90x"],
+        ["int4_per_token_head", "3,800", "3.80x"],
+    ]
+    assert fits.rows[2][-1] == "exceeded 300 s"
+    assert steps.rows == [
+        ["auto", "20.00", "1.00x"],
+        [K4V4, "10.00", "0.50x"],
+        ["int4_per_token_head", "exceeded 300 s", "-"],
+    ]
+    assert [row[1:4] for row in memory.rows[:2]] == [["54", "1,000", "1.00x"], ["210", "2,500", "2.50x"]]
+
+
+@pytest.mark.slow
+def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path: Path) -> None:
+    engine = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 512}
+    options = {
+        "model": MODEL, "dtypes": f"{K4V4},nonsense", "cells": "2x64", "prefill": "2x96", "ttft": "64",
+        "ttft-prefix": "256x32", "full-memory": "128", "tokens": "4", "repeats": "2", "max-seqs": "8",
+        "engine": json.dumps(engine), "out": str(tmp_path / "run"), "limit": "240",
+    }  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-m", bench_engine.__name__, *(f"--{k}={v}" for k, v in options.items())],
+        env=child_env(),
+        text=True,
+        capture_output=True,
+        timeout=280,
+    )
+    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
+    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    ours = runs[K4V4]
+    assert "error" not in ours
+    names = ("ttft_ms 64", "prefill_tokens_per_s 2x96", "tpot_ms 2x64", "ttft_prefix_ms 256x32")
+    for name in names:
+        assert ours[name]["repeats"] == 2
+        assert 0 < ours[name]["min"] <= ours[name]["median"] <= ours[name]["max"]
+    assert ours["full_memory 128"]["requests"] == 8
+    assert ours["full_memory 128"]["preemptions"] == 0
+    assert "CacheConfig" in runs["nonsense"]["error"]
+    assert (tmp_path / "run.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.md", "run.png"}
