@@ -342,7 +342,11 @@ def _row_index(first_token, row, kv_head, NUM_HEADS: tl.constexpr, GROUP: tl.con
     return token, kv_head * GROUP + row % GROUP
 
 
-@triton.jit(do_not_specialize=["splits"])
+# What differs from batch to batch must not compile another kernel in the middle of serving.
+@triton.jit(
+    do_not_specialize=["table_stride", "splits"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
+)
 def _split_kernel(
     query,
     query_stride_token,

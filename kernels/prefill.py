@@ -27,7 +27,11 @@ from vllm_polarquant.kernels.page import (
 from vllm_polarquant.kernels.rotate import BLOCK_COLUMNS, RotationTables, rotated_columns, row_tile
 
 
-@triton.jit
+# What differs from batch to batch must not compile another kernel in the middle of serving.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table", "starts", "lengths_cu"],
+)
 def _gather_kernel(
     cache,
     block_stride,
@@ -173,7 +177,10 @@ def gather_prefix(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["lse_stride_head", "prefix_lse_stride_head", "num_rows"],
+    do_not_specialize_on_alignment=["lse", "prefix_lse"],
+)
 def _merge_kernel(
     out,
     out_stride_token,
@@ -234,7 +241,7 @@ def _merge_kernel(
         dim = tl.arange(0, DIM_PAD)
         prefix = tl.load(
             source[:, None] + dim[None, :], mask=other_keep & (dim < HEAD_DIM)[None, :], other=0.0
-        ).to(tl.float32)
+        )
     for start in tl.range(0, HEAD_DIM, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         inside = (column < HEAD_DIM)[None, :]

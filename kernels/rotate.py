@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_polarquant.kernels.page import check, check_heads
+from vllm_polarquant.kernels.page import check, check_heads, dot
 
 BLOCK_COLUMNS = 32
+MANY_ROWS = 1 << 15
+"""From as many rows on, programs take more of them."""
 
 
 class RotationTables(Protocol):
@@ -22,14 +24,14 @@ class RotationTables(Protocol):
 
 def row_tile(num_rows: int) -> dict[str, int]:
     """Rows a program and its warps: few where they must fill the GPU, else many, as each reads all of R."""
-    if num_rows >= 1 << 15:
+    if num_rows >= MANY_ROWS:
         return {"BLOCK_ROWS": 64, "num_warps": 8}
     return {"BLOCK_ROWS": 16, "num_warps": 4}
 
 
 @triton.jit
 def rotated_columns(x, rotation, column, INVERSE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Some columns of x @ R.T, or of x @ R if INVERSE: x float32 [rows, padded d], 0 past HEAD_DIM.
+    """Some columns of x @ R.T, or of x @ R if INVERSE, float32: x 16-bit [rows, padded d], 0 past HEAD_DIM.
 
     A column at a time of the padded R would not fit beside x for head_dim 256, so callers loop.
     """
@@ -39,11 +41,17 @@ def rotated_columns(x, rotation, column, INVERSE: tl.constexpr, HEAD_DIM: tl.con
     else:
         entry = rotation + column[None, :] * HEAD_DIM + k[:, None]
     inside = (k < HEAD_DIM)[:, None] & (column < HEAD_DIM)[None, :]
-    # Three tf32 products are as exact as float32 and run on tensor cores.
-    return tl.dot(x, tl.load(entry, mask=inside, other=0.0), input_precision="tf32x3")
+    part = tl.load(entry, mask=inside, other=0.0)
+    if x.shape[1] == HEAD_DIM:
+        # R is a multiple of a matrix of +-1 (or, for raw vectors, the identity): exact in 16 bits.
+        sign = tl.where(part > 0, 1.0, tl.where(part < 0, -1.0, 0.0)).to(x.dtype)
+        return dot(x, sign) * tl.abs(tl.load(rotation))
+    else:
+        # Three tf32 products are as exact as float32 and run on tensor cores.
+        return tl.dot(x.to(tl.float32), part, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["num_tokens"])
 def _rotate_kernel(
     x,
     x_stride_token,
@@ -73,7 +81,7 @@ def _rotate_kernel(
     target = out + token * out_stride_token + head * out_stride_head
     for start in tl.range(0, HEAD_DIM, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        turned = rotated_columns(tile.to(tl.float32), rotation, column, INVERSE, HEAD_DIM)
+        turned = rotated_columns(tile, rotation, column, INVERSE, HEAD_DIM)
         tl.store(
             target[:, None] + column[None, :],
             turned.to(out.dtype.element_ty),

@@ -35,6 +35,9 @@ from vllm_polarquant.kernels.page import (
     page_constants,
 )
 
+MANY_VECTORS = 1 << 12
+"""From as many vectors on, programs take more of them."""
+
 _FP8_MAX = tl.constexpr(FP8_MAX)
 _MIN_FIT_GAIN = tl.constexpr(MIN_FIT_GAIN)
 _RADIUS_MIN = tl.constexpr(RADIUS_MIN)
@@ -295,7 +298,7 @@ def _encode(
         tl.store(radius_pointer, tl.where(usable, radius, 0.0), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_vectors"], do_not_specialize_on_alignment=["slot_mapping"])
 def _store_kernel(
     key,
     key_stride_token,
@@ -391,7 +394,7 @@ def store_kv(
     if not num_vectors:
         return
     # Few vectors leave most of the GPU idle: small programs then have the least latency.
-    op = "store" if num_vectors >= 1 << 12 else "store_few"
+    op = "store" if num_vectors >= MANY_VECTORS else "store_few"
     config = tuning.config(op, fmt, key.device)
     _store_kernel[(triton.cdiv(num_vectors, config["block_vectors"]), 2)](
         key,

@@ -177,7 +177,7 @@ def test_time_calls_makes_every_call_equally_often_and_times_one() -> None:
 @pytest.fixture
 def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits for a whole GPU take the interpreter minutes."""
-    monkeypatch.setattr(decode, "TARGET_PROGRAMS", 8)
+    monkeypatch.setattr(decode, "PROGRAMS", 8)
 
 
 @interpreted

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
@@ -26,58 +25,11 @@ from vllm_polarquant.backend import PolarMetadata, PolarMetadataBuilder, PolarQu
 from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels.decode import MAX_QUERY_LEN, DecodeWorkspace, decode_attention
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
-from vllm_polarquant.kernels.rotate import rotate
-from vllm_polarquant.kernels.store import store_kv
+from vllm_polarquant.kernels.rotate import MANY_ROWS, rotate
+from vllm_polarquant.kernels.store import MANY_VECTORS, store_kv
+from vllm_polarquant.prefix import PrefillPlan, plan_prefill
 
 PREFIX_WORKSPACE_BYTES = 32 << 20
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Prefix tokens that fit the workspace at once, of requests first .. last - 1 of the prefills.
-
-    rows: their query tokens in the batch. query_start_loc and key_start_loc: int32 [last - first + 1],
-    from 0. start: int32 [last - first], the first prefix position of each request in this segment.
-    """
-
-    first: int
-    last: int
-    rows: slice
-    query_start_loc: torch.Tensor
-    key_start_loc: torch.Tensor
-    start: torch.Tensor
-    tokens: int
-    max_query_len: int
-    max_key_len: int
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """query_start_loc int32 [prefills + 1], from 0, and the prefix in segments."""
-
-    query_start_loc: torch.Tensor
-    max_query_len: int
-    segments: tuple[Segment, ...]
-
-
-def plan_prefix(
-    context_lens: np.ndarray, query_start_loc: np.ndarray, capacity: int
-) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Cut the prefixes, laid end to end, into segments of `capacity` tokens.
-
-    Returns (first, last, start, lens) a segment: positions start .. start + lens of requests
-    first .. last - 1, all of which have at least one token in it.
-    """
-    ends = np.cumsum(context_lens)
-    begins = ends - context_lens
-    segments = []
-    for low in range(0, int(ends[-1]) if len(ends) else 0, capacity):
-        start = np.clip(low - begins, 0, context_lens)
-        lens = np.clip(low + capacity - begins, 0, context_lens) - start
-        used = np.flatnonzero(lens)
-        first, last = int(used[0]), int(used[-1]) + 1
-        segments.append((first, last, start[first:last], lens[first:last]))
-    return segments
 
 
 class GpuMetadataBuilder(PolarMetadataBuilder):
@@ -93,44 +45,15 @@ class GpuMetadataBuilder(PolarMetadataBuilder):
     ) -> PolarMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if metadata.num_prefills:
-            metadata.prefill = self._plan(metadata)
-        return metadata
-
-    def _plan(self, m: PolarMetadata) -> PrefillPlan:
-        starts = m.query_start_loc_cpu.numpy()[m.num_decodes : m.num_decodes + m.num_prefills + 1]
-        relative = (starts - starts[0]).astype(np.int32)
-        contexts = m.context_lens_cpu.numpy().astype(np.int64)
-        assert isinstance(self.impl, GpuImpl)
-        cuts = plan_prefix(contexts, relative, self.impl.buffers.prefix_tokens)
-
-        # One pinned copy carries every small array of the plan.
-        parts: list[np.ndarray] = [relative]
-        for first, last, start, lens in cuts:
-            parts += [
-                relative[first : last + 1] - relative[first],
-                np.concatenate([[0], np.cumsum(lens)]),
-                start,
-            ]
-        flat = torch.from_numpy(np.concatenate(parts).astype(np.int32)).pin_memory()
-        device = list(flat.to(self.device, non_blocking=True).split([len(p) for p in parts]))
-
-        segments = []
-        for i, (first, last, _, lens) in enumerate(cuts):
-            queries = np.diff(relative[first : last + 1])
-            segments.append(
-                Segment(
-                    first=first,
-                    last=last,
-                    rows=slice(int(starts[first]), int(starts[last])),
-                    query_start_loc=device[3 * i + 1],
-                    key_start_loc=device[3 * i + 2],
-                    start=device[3 * i + 3],
-                    tokens=int(lens.sum()),
-                    max_query_len=int(queries.max()),
-                    max_key_len=int(lens.max()),
-                )
+            assert isinstance(self.impl, GpuImpl)
+            first = metadata.num_decodes
+            metadata.prefill = plan_prefill(
+                metadata.query_start_loc_cpu.numpy()[first : first + metadata.num_prefills + 1],
+                metadata.context_lens_cpu.numpy(),
+                self.impl.buffers.prefix_tokens,
+                self.device,
             )
-        return PrefillPlan(device[0], int(np.diff(relative).max()), tuple(segments))
+        return metadata
 
 
 @dataclass(frozen=True)
@@ -254,10 +177,9 @@ class GpuImpl(PolarQuantImpl):
         plan: PrefillPlan = m.prefill
         rows = slice(m.num_decode_tokens, m.num_actual_tokens)
         starts, longest = plan.query_start_loc, plan.max_query_len
-        fresh, lse = self._flash(
-            query[rows], key[rows], value[rows], starts, longest, starts, longest, causal=True
+        _, lse = self._flash(
+            query[rows], key[rows], value[rows], starts, longest, starts, longest, True, output[rows]
         )
-        output[rows].copy_(fresh)
         if not plan.segments:
             return
         rotated = torch.empty_like(query[rows], memory_format=torch.contiguous_format)
@@ -285,7 +207,7 @@ class GpuImpl(PolarQuantImpl):
                 s.max_query_len,
                 s.key_start_loc,
                 s.max_key_len,
-                causal=False,
+                False,
             )
             merge_prefix(
                 output[s.rows],
@@ -307,6 +229,7 @@ class GpuImpl(PolarQuantImpl):
         key_starts: torch.Tensor,
         max_key_len: int,
         causal: bool,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = flash_attn_varlen_func(
             q=query,
@@ -319,28 +242,36 @@ class GpuImpl(PolarQuantImpl):
             softmax_scale=self.scale,
             causal=causal,
             return_softmax_lse=True,
+            out=out,
             fa_version=self.fa_version,
         )
         return out, lse
 
     def profile(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        # A prefill holds at most: the fresh output, the rotated queries and one prefix output, with
-        # their log-sum-exps.
-        scratch = [torch.empty_like(query) for _ in range(3)]
+        # A prefill holds at most: the rotated queries and one prefix output, with two log-sum-exps.
+        scratch = [torch.empty_like(query) for _ in range(2)]
         scratch += [query.new_empty(query.shape[:2], dtype=torch.float32) for _ in range(2)]
         del scratch
 
     def warm_up(self, fmt: PolarFormat) -> None:
+        # Kernels have one variant for few and one for many rows.
+        few = max(self.decode_len, fmt.block_size)
+        many = max(MANY_VECTORS // self.num_kv_heads, MANY_ROWS // self.num_heads) + 1
+        for tokens in (few, many):
+            self._warm_up(fmt, tokens)
+
+    def _warm_up(self, fmt: PolarFormat, tokens: int) -> None:
         device = self.tables.rotation.device
         decode_len = self.decode_len
         pages = torch.zeros(
             2, self.num_kv_heads, fmt.block_size, fmt.slot_bytes, dtype=torch.uint8, device=device
         )
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
-        tokens = max(decode_len, fmt.block_size)
         x = torch.ones(tokens, self.num_kv_heads, self.head_size, dtype=self.dtype, device=device)
         query = torch.ones(tokens, self.num_heads, self.head_size, dtype=self.dtype, device=device)
-        store_kv(x, x, pages, torch.arange(tokens, device=device) % fmt.block_size, fmt, self.tables)
+        slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        slots[: fmt.block_size] = torch.arange(len(slots[: fmt.block_size]), device=device)
+        store_kv(x, x, pages, slots, fmt, self.tables)
         starts = torch.tensor([0, decode_len], dtype=torch.int32, device=device)
         out = torch.empty_like(query)
         decode_attention(

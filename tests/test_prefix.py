@@ -1,0 +1,54 @@
+"""The plan by which cached prefixes go through a workspace of fixed size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_polarquant.prefix import plan_prefill
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 9)), min_size=1, max_size=9),
+    decode_tokens=st.integers(0, 5),
+    capacity=st.integers(1, 40),
+)
+def test_every_prefix_token_is_unpacked_once(
+    requests: list[tuple[int, int]], decode_tokens: int, capacity: int
+) -> None:
+    contexts, queries = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+    starts = decode_tokens + np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    plan = plan_prefill(starts, contexts, capacity, CPU)
+    assert plan.query_start_loc.tolist() == (starts - decode_tokens).tolist()
+    assert plan.max_query_len == queries.max()
+
+    seen: list[list[int]] = [[] for _ in requests]
+    for segment in plan.segments:
+        assert 0 < segment.tokens <= capacity
+        lens = segment.key_start_loc.diff().tolist()
+        assert segment.key_start_loc[0] == 0
+        assert len(lens) == len(segment.start) == segment.last - segment.first
+        assert sum(lens) == segment.tokens
+        assert max(lens) == segment.max_key_len
+        mine = slice(segment.first, segment.last)
+        assert segment.query_start_loc.diff().tolist() == queries[mine].tolist()
+        assert segment.max_query_len == queries[mine].max()
+        assert (segment.rows.start, segment.rows.stop) == (starts[segment.first], starts[segment.last])
+        for request, start, length in zip(
+            range(segment.first, segment.last), segment.start.tolist(), lens, strict=True
+        ):
+            assert length > 0 or contexts[request] == 0
+            seen[request] += range(start, start + length)
+    assert seen == [list(range(context)) for context in contexts]
+
+
+@pytest.mark.parametrize("contexts", [[0], [0, 0, 0]])
+def test_first_chunks_have_no_segments(contexts: list[int]) -> None:
+    starts = np.arange(len(contexts) + 1, dtype=np.int32) * 4
+    assert plan_prefill(starts, np.array(contexts, np.int32), 8, CPU).segments == ()

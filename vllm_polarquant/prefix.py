@@ -1,0 +1,96 @@
+"""Chunked prefill's plan: how the cached prefixes of a batch go through a workspace of fixed size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Prefix tokens that fit the workspace at once, of requests first .. last - 1 of the prefills.
+
+    rows: their query tokens in the batch. query_start_loc and key_start_loc: int32 [last - first + 1],
+    from 0. start: int32 [last - first], the first prefix position of each request in this segment.
+    """
+
+    first: int
+    last: int
+    rows: slice
+    query_start_loc: torch.Tensor
+    key_start_loc: torch.Tensor
+    start: torch.Tensor
+    tokens: int
+    max_query_len: int
+    max_key_len: int
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """query_start_loc int32 [prefills + 1], from 0, and the prefix in segments."""
+
+    query_start_loc: torch.Tensor
+    max_query_len: int
+    segments: tuple[Segment, ...]
+
+
+def plan_prefix(context_lens: np.ndarray, capacity: int) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Cut the prefixes, laid end to end, into segments of `capacity` tokens.
+
+    Returns (first, last, start, lens) a segment: positions start .. start + lens of requests
+    first .. last - 1, of which only those without any prefix have no token in it.
+    """
+    ends = np.cumsum(context_lens)
+    begins = ends - context_lens
+    segments = []
+    for low in range(0, int(ends[-1]) if len(ends) else 0, capacity):
+        start = np.clip(low - begins, 0, context_lens)
+        lens = np.clip(low + capacity - begins, 0, context_lens) - start
+        used = np.flatnonzero(lens)
+        first, last = int(used[0]), int(used[-1]) + 1
+        segments.append((first, last, start[first:last], lens[first:last]))
+    return segments
+
+
+def plan_prefill(
+    query_start_loc: np.ndarray, context_lens: np.ndarray, capacity: int, device: torch.device
+) -> PrefillPlan:
+    """Plan the prefills of a batch; one copy, which nobody waits for, carries its small arrays over.
+
+    Args:
+        query_start_loc: int [prefills + 1], rows of their chunks in the batch.
+        context_lens: int [prefills], tokens before each chunk.
+        capacity: tokens that the workspace holds.
+        device: of the plan's tensors.
+    """
+    relative = query_start_loc - query_start_loc[0]
+    cuts = plan_prefix(context_lens.astype(np.int64), capacity)
+    parts: list[np.ndarray] = [relative]
+    for first, last, start, lens in cuts:
+        parts += [
+            relative[first : last + 1] - relative[first],
+            np.concatenate([[0], np.cumsum(lens)]),
+            start,
+        ]
+    flat = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    arrays = list(flat.to(device, non_blocking=True).split([len(part) for part in parts]))
+    segments = []
+    for i, (first, last, _, lens) in enumerate(cuts):
+        segments.append(
+            Segment(
+                first=first,
+                last=last,
+                rows=slice(int(query_start_loc[first]), int(query_start_loc[last])),
+                query_start_loc=arrays[3 * i + 1],
+                key_start_loc=arrays[3 * i + 2],
+                start=arrays[3 * i + 3],
+                tokens=int(lens.sum()),
+                max_query_len=int(np.diff(relative[first : last + 1]).max()),
+                max_key_len=int(lens.max()),
+            )
+        )
+    return PrefillPlan(arrays[0], int(np.diff(relative).max()), tuple(segments))
