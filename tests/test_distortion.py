@@ -120,7 +120,7 @@ def test_spiral_is_near_the_best_code_of_as_many_points() -> None:
 
 
 def test_naive_chain_is_the_loop_that_it_is_called() -> None:
-    bits, x = 3, gaussian(5, 16)
+    bits, x = 3, gaussian(100, 16)
     for vector, have in zip(x.tolist(), peers.naive_chain(x, bits).tolist(), strict=True):
         step = math.pi / 2**bits
         angles = []
