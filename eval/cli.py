@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import click
+from typing import Any
+
 import typer
 from typer.core import TyperGroup
 
@@ -12,7 +13,7 @@ from vllm_polarquant.eval import distortion, run
 class _ModelOrCommand(TyperGroup):
     """`polarquant-eval MODEL ...` is `polarquant-eval run MODEL ...`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and not args[0].startswith("--help"):
             args = ["run", *args]
         return super().parse_args(ctx, args)

@@ -123,20 +123,20 @@ def tables(plan: Plan) -> list[Table]:
         if (found := plan.found(dtype, cell))
     }
 
-    def rows(cells: list[Cell], show: Callable[[Cell], Show]) -> dict[str, dict[str, str]]:
+    def rows(shows: dict[str, Show]) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
         for dtype in plan.dtypes:
             row = found.setdefault(dtype, {})
-            for cell in cells:
-                if (dtype, cell.name) in summaries:
-                    row |= show(cell)(summaries[dtype, cell.name])
+            for name, show in shows.items():
+                if (dtype, name) in summaries:
+                    row |= show(summaries[dtype, name])
         return found
 
     title = ", ".join(f"{name} {value}" for name, value in results.versions().items())
-    shown = [_rows_table(title, rows(plan.cells, lambda cell: cell.measure.columns))]
+    shown = [_rows_table(title, rows({cell.name: cell.measure.columns for cell in plan.cells}))]
     for cell in plan.cells:
         for name, show in cell.measure.details.items():
-            part = {dtype: row for dtype, row in rows([cell], lambda _, show=show: show).items() if row}
+            part = {dtype: row for dtype, row in rows({cell.name: show}).items() if row}
             if part:
                 shown.append(_rows_table(f"{cell.name}: {name}", part))
     return shown
