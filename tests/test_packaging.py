@@ -123,6 +123,7 @@ def test_entry_points(distribution, installed):
     points = {(point.group, point.name): point.value for point in distribution.entry_points}
     assert points == {
         ("console_scripts", "polarquant"): "vllm_polarquant.cli:app",
+        ("console_scripts", "polarquant-eval"): "vllm_polarquant.eval.cli:app",
         ("vllm.general_plugins", "polarquant"): "vllm_polarquant.plugin:register",
     }
     plugin = (installed / "vllm_polarquant" / "plugin.py").read_text()

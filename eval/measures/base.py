@@ -1,0 +1,39 @@
+"""What a measure is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from vllm import LLM
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a measure found with one dtype: a summary for JSON, and arrays that another dtype may need."""
+
+    summary: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to look at a dtype.
+
+    name: as suites call it.
+    params: dataclass of what a suite may set.
+    engine: engine options (vLLM's EngineArgs) that the measure needs, from params.
+    run: (engine, params, seed, outcome of the baseline or None) -> Outcome.
+    columns: summary -> what the table shows, by column.
+    details: the same for further tables, by title.
+    """
+
+    name: str
+    params: type[Any]
+    engine: Callable[[Any], dict[str, Any]]
+    run: Callable[[LLM, Any, int, Outcome | None], Outcome]
+    columns: Callable[[dict[str, Any]], dict[str, str]]
+    details: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = field(default_factory=dict)

@@ -1,0 +1,226 @@
+"""Measure KV cache dtypes on one model: `polarquant-eval MODEL --kv-cache-dtypes auto,... --suite NAME`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vllm_polarquant.eval import results
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.suites import Cell, SuiteError, load_suite, suite_names
+from vllm_polarquant.format import DEFAULT_PRESET
+
+BASELINE = "auto"
+PROBE = "probe"
+FAILED, BAD_INPUT = 1, 2
+WORKER = [sys.executable, "-m", "vllm_polarquant.eval.worker"]
+Show = Callable[[dict[str, Any]], dict[str, str]]
+
+
+def _fail(message: object) -> NoReturn:
+    typer.echo(f"polarquant-eval: {message}", err=True)
+    raise typer.Exit(BAD_INPUT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured: every cell of a suite with every dtype, the baseline first."""
+
+    model: str
+    dtypes: list[str]
+    suite: str
+    cells: list[Cell]
+    engine: dict[str, Any]
+    seed: int
+    folder: Path
+
+    def key(self, dtype: str, cell: Cell) -> dict[str, Any]:
+        baseline = "" if dtype == BASELINE else results.stem(self.key(BASELINE, cell))
+        return results.cell_key(self.model, dtype, cell, self.seed, baseline)
+
+    def missing(self, dtype: str) -> list[Cell]:
+        """Cells that have no finished result yet."""
+        names = ((cell, results.stem(self.key(dtype, cell))) for cell in self.cells)
+        return [cell for cell, name in names if results.read(self.folder, name) is None]
+
+    def found(self, dtype: str, cell: Cell) -> dict[str, Any] | None:
+        return results.read(self.folder, results.stem(self.key(dtype, cell)))
+
+
+def run_dtype(plan: Plan, dtype: str, cells: list[Cell], progress: Progress, task: Any) -> dict[str, str]:
+    """Run cells in a worker process; why each that failed did, by cell."""
+    job = {
+        "model": plan.model,
+        "dtype": dtype,
+        "suite": plan.suite,
+        "engine": plan.engine,
+        "seed": plan.seed,
+        "folder": str(plan.folder),
+        "keys": [plan.key(dtype, cell) for cell in cells],
+    }
+    log = plan.folder / "logs" / f"{dtype}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pending = {cell.name for cell in cells}
+    failures: dict[str, str] = {}
+    with (
+        open(log, "w", encoding="utf-8") as log_file,
+        subprocess.Popen(
+            WORKER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            text=True,
+        ) as worker,
+    ):
+        assert worker.stdin and worker.stdout
+        worker.stdin.write(json.dumps(job))
+        worker.stdin.close()
+        for line in worker.stdout:
+            event = json.loads(line)
+            if event["event"] == "boot":
+                progress.update(task, description=f"{dtype}: starting an engine")
+            elif event["event"] == "start":
+                progress.update(task, description=f"{dtype}: {event['cell']}")
+            else:
+                pending.discard(event["cell"])
+                progress.advance(task)
+                if event["event"] == "failed":
+                    failures[event["cell"]] = event["reason"]
+    for name in pending:
+        failures[name] = f"the worker process ended with exit status {worker.returncode}"
+        progress.advance(task)
+    return {name: f"{why} (log: {log})" for name, why in failures.items()}
+
+
+def _rows_table(title: str, rows: dict[str, dict[str, str]]) -> Table:
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
+    shown = Table(title=title, box=box.MARKDOWN, title_justify="left")
+    shown.add_column("kv-cache-dtype", no_wrap=True)
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for dtype, row in rows.items():
+        shown.add_row(dtype, *(row.get(column, "-") for column in columns))
+    return shown
+
+
+def tables(plan: Plan) -> list[Table]:
+    """A row a dtype, from the results that there are: all cells in one table, then each one's details."""
+    summaries = {
+        (dtype, cell.name): found["summary"]
+        for dtype in plan.dtypes
+        for cell in plan.cells
+        if (found := plan.found(dtype, cell))
+    }
+
+    def rows(shows: dict[str, Show]) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for dtype in plan.dtypes:
+            row = found.setdefault(dtype, {})
+            for name, show in shows.items():
+                if (dtype, name) in summaries:
+                    row |= show(summaries[dtype, name])
+        return found
+
+    title = ", ".join(f"{name} {value}" for name, value in results.versions().items())
+    shown = [_rows_table(title, rows({cell.name: cell.measure.columns for cell in plan.cells}))]
+    for cell in plan.cells:
+        for name, show in cell.measure.details.items():
+            part = {dtype: row for dtype, row in rows({cell.name: show}).items() if row}
+            if part:
+                shown.append(_rows_table(f"{cell.name}: {name}", part))
+    return shown
+
+
+def _engine_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as problem:
+        _fail(f"--engine {text!r} is not JSON: {problem}")
+    if not isinstance(options, dict):
+        _fail(f"--engine {text!r} is not a JSON object such as '{{\"tensor_parallel_size\": 2}}'")
+    return options
+
+
+def _model(model: str) -> str:
+    if model == PROBE:
+        return str(MODEL_DIR)
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        _fail(f"{model} has no config.json; give a model's folder, a name on the hub, or {PROBE!r}")
+    if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        _fail(f"no folder {model}; give a model's folder, a name on the hub, or {PROBE!r}")
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def main(
+    model: Annotated[
+        str, typer.Argument(help=f"Folder or hub name of a model, or {PROBE!r}, the shipped one.")
+    ],
+    kv_cache_dtypes: Annotated[
+        str,
+        typer.Option(help=f"Comma-separated; {BASELINE}, the baseline, is always among them."),
+    ] = f"{BASELINE},{DEFAULT_PRESET}",
+    suite: Annotated[
+        str, typer.Option(help=f"{', '.join(suite_names())}, or a .json file of that form.")
+    ] = "probe",
+    out: Annotated[Path, typer.Option(help="Folder of results; what is finished there is kept.")] = Path(
+        "eval-results"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the engine.")] = 0,
+    engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
+) -> None:
+    """Measure what KV cache dtypes do to a model: KL, perplexity, retrieval, greedy agreement.
+
+    Exits with 0 if every cell has a result, 1 if some failed and 2 if the input is wrong.
+    """
+    dtypes = list(dict.fromkeys([BASELINE, *filter(None, map(str.strip, kv_cache_dtypes.split(",")))]))
+    options = _engine_options(engine)
+    try:
+        cells = load_suite(suite, options)
+    except SuiteError as problem:
+        _fail(problem)
+    plan = Plan(_model(model), dtypes, suite, cells, options, seed, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        _fail(f"--out {out}: {problem}")
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    failures: dict[tuple[str, str], str] = {}
+    bars: tuple[Any, ...] = (
+        TextColumn("{task.description:44}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*bars, console=Console(stderr=True)) as progress:
+        for dtype in dtypes:
+            todo = plan.missing(dtype)
+            done = len(cells) - len(todo)
+            task = progress.add_task(dtype, total=len(cells), completed=done)
+            without = {cell.name for cell in plan.missing(BASELINE)} if dtype != BASELINE else set()
+            for cell in [cell for cell in todo if cell.name in without]:
+                failures[dtype, cell.name] = f"there is no result of {BASELINE} to compare with"
+                progress.advance(task)
+            todo = [cell for cell in todo if cell.name not in without]
+            if todo:
+                found = run_dtype(plan, dtype, todo, progress, task)
+                failures |= {(dtype, name): why for name, why in found.items()}
+            progress.update(task, description=f"{dtype}: {'done' if not plan.missing(dtype) else 'failed'}")
+    for shown in tables(plan):
+        console.print(shown)
+    for (dtype, name), why in failures.items():
+        typer.echo(f"failed: {dtype}, {name}: {why}", err=True)
+    if failures:
+        raise typer.Exit(FAILED)

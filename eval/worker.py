@@ -1,0 +1,77 @@
+"""One dtype in a process of its own: reads a job from stdin, runs its cells, reports on stdout.
+
+A dtype that crashes its process takes nobody with it. Cells with the same engine options share an engine.
+The job is JSON: model, dtype, seed, folder, and cells, each with its name, its suite, and its key and the
+baseline's stem. Reports are JSON lines; whatever else is printed goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from vllm_polarquant.eval import results
+from vllm_polarquant.eval.engine import engine, use_in_process_engine
+from vllm_polarquant.eval.suites import Cell, load_suite
+
+
+def reason(problem: BaseException) -> str:
+    """An exception as one line."""
+    words = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {words}" if words else type(problem).__name__
+
+
+def run_cells(job: dict[str, Any], report: Any) -> None:
+    """Run the job's cells, grouped by engine, and report each as it ends."""
+    folder = Path(job["folder"])
+    cells = {cell.name: cell for cell in load_suite(job["suite"], job["engine"])}
+    groups: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+    for key in job["keys"]:
+        cell = cells[key["cell"]]
+        groups.setdefault(json.dumps(cell.engine, sort_keys=True), []).append((cell, key))
+    for group in groups.values():
+        waiting = [cell.name for cell, _ in group]
+        try:
+            report({"event": "boot", "cells": waiting})
+            with engine(job["model"], job["dtype"], seed=job["seed"], **group[0][0].engine) as llm:
+                for cell, key in group:
+                    report({"event": "start", "cell": cell.name})
+                    started = time.perf_counter()
+                    try:
+                        baseline = results.outcome(folder, key["baseline"]) if key["baseline"] else None
+                        found = cell.measure.run(llm, cell.params, job["seed"], baseline)
+                        results.write(folder, key, found, time.perf_counter() - started)
+                        report({"event": "done", "cell": cell.name})
+                    except Exception as problem:
+                        traceback.print_exc()
+                        report({"event": "failed", "cell": cell.name, "reason": reason(problem)})
+                    waiting.remove(cell.name)
+        except Exception as problem:
+            traceback.print_exc()
+            for name in waiting:
+                report({"event": "failed", "cell": name, "reason": reason(problem)})
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    # vLLM and its children print where they like: keep the reports' channel to ourselves.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if not Path(job["model"]).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    use_in_process_engine()
+
+    def report(event: dict[str, Any]) -> None:
+        channel.write(json.dumps(event) + "\n")
+        channel.flush()
+
+    run_cells(job, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The probe's forward pass in plain torch, every key and value stored by the codec: no engine, no pages."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_polarquant.codec import decode, encode
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.format import VectorFormat
+
+
+def _stored(x: torch.Tensor, vector: VectorFormat | None) -> torch.Tensor:
+    return x if vector is None else decode(*encode(x, vector), vector)
+
+
+def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | None) -> torch.Tensor:
+    """Next-token log-probabilities float32 [T, vocabulary], attention over quantised keys and values."""
+    config = json.loads((MODEL_DIR / "config.json").read_text())
+    weights = {
+        name: tensor.float() for name, tensor in load_file(str(MODEL_DIR / "model.safetensors")).items()
+    }
+    heads, kv_heads, d = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+
+    turn = config["rope_theta"] ** (-torch.arange(0, d, 2) / d) * torch.arange(len(tokens))[:, None]
+    cos, sin = turn.cos()[:, None], turn.sin()[:, None]
+
+    def rope(x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, -1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+    x = weights["model.embed_tokens.weight"][tokens]
+    causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+    for layer in range(config["num_hidden_layers"]):
+
+        def project(name: str, y: torch.Tensor, layer: int = layer) -> torch.Tensor:
+            return y @ weights[f"model.layers.{layer}.{name}.weight"].T
+
+        h = norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"])
+        q = rope(project("self_attn.q_proj", h).unflatten(-1, (heads, d)))
+        k = rope(project("self_attn.k_proj", h).unflatten(-1, (kv_heads, d)))
+        v = project("self_attn.v_proj", h).unflatten(-1, (kv_heads, d))
+        k, v = (_stored(t, f).repeat_interleave(heads // kv_heads, 1) for t, f in ((k, key), (v, value)))
+        logits = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
+        mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~causal, -torch.inf).softmax(-1), v)
+        x = x + project("self_attn.o_proj", mixed.flatten(1))
+        h = norm(x, weights[f"model.layers.{layer}.post_attention_layernorm.weight"])
+        gated = torch.nn.functional.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h)
+        x = x + project("mlp.down_proj", gated)
+    return (norm(x, weights["model.norm.weight"]) @ weights["model.embed_tokens.weight"].T).log_softmax(-1)

@@ -1,0 +1,308 @@
+"""What is around the measures: divergence of lists, rows of text, suites, results on disk, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from vllm_polarquant.eval import results, run
+from vllm_polarquant.eval.cli import app
+from vllm_polarquant.eval.measures import MEASURES, Outcome
+from vllm_polarquant.eval.measures.greedy import same_until
+from vllm_polarquant.eval.measures.next_token import block_error, divergence
+from vllm_polarquant.eval.measures.retrieval import summarise
+from vllm_polarquant.eval.measures.text import token_rows
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.suites import SuiteError, load_suite, suite_names
+
+RNG = np.random.default_rng(0)
+
+
+def scored(logits: np.ndarray, top: int) -> dict[str, np.ndarray]:
+    """What `score` would return for distributions [R, P, V]."""
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    ids = np.argsort(-logprobs, -1)[..., :top]
+    return {
+        "actual": logprobs[..., 0].astype(np.float32),
+        "ids": ids.astype(np.int32),
+        "logprobs": np.take_along_axis(logprobs, ids, -1).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def distributions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits of a baseline and of another [2, 5, 300], and the exact KL [2, 5]."""
+    base = RNG.normal(0, 3, (2, 5, 300))
+    other = base + RNG.normal(0, 0.3, base.shape)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (base, other))
+    return base, other, (p * np.log(p / q)).sum(-1)
+
+
+def test_divergence_of_whole_distributions_is_exact(
+    distributions: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    base, other, exact = distributions
+    kl, rest = divergence(scored(base, 300), scored(other, 300))
+    assert kl == pytest.approx(exact, rel=1e-3)
+    assert rest.max() < 1e-6
+    assert divergence(scored(base, 300), scored(base, 300))[0] == pytest.approx(np.zeros((2, 5)), abs=1e-6)
+
+
+def test_divergence_of_lists_is_a_lower_bound_that_says_what_it_left_out(
+    distributions: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    base, other, exact = distributions
+    previous = np.zeros_like(exact)
+    for top in (20, 60, 150):
+        kl, rest = divergence(scored(base, top), scored(other, top))
+        assert (kl <= exact + 1e-5).all() and kl.mean() > previous.mean()
+        listed = scored(base, top)
+        assert (rest >= 1 - np.exp(listed["logprobs"]).sum(-1) - 1e-5).all()
+        previous = kl
+    # Two outcomes: the token in both lists, and all others.
+    kl, _ = divergence(
+        {"actual": np.zeros((1, 1)), "ids": np.array([[[7]]]), "logprobs": np.log([[[0.8]]])},
+        {"actual": np.zeros((1, 1)), "ids": np.array([[[7]]]), "logprobs": np.log([[[0.6]]])},
+    )
+    assert kl.item() == pytest.approx(0.8 * math.log(0.8 / 0.6) + 0.2 * math.log(0.2 / 0.4))
+    # No token in both lists: one outcome, nothing known.
+    kl, rest = divergence(
+        {"actual": np.zeros((1, 1)), "ids": np.array([[[7]]]), "logprobs": np.log([[[0.8]]])},
+        {"actual": np.zeros((1, 1)), "ids": np.array([[[8]]]), "logprobs": np.log([[[0.8]]])},
+    )
+    assert (kl.item(), rest.item()) == (0, 1)
+
+
+def test_standard_error_is_over_blocks() -> None:
+    """Tokens that repeat 64 times tell no more than one of them."""
+    blocks = RNG.normal(size=(6, 4))
+    values = np.repeat(blocks, 64, axis=1)
+    assert block_error(values) == pytest.approx(blocks.std(ddof=1) / math.sqrt(24))
+    assert math.isnan(block_error(values[:1, :64]))
+
+
+def test_greedy_tokens_count_up_to_the_first_that_differs() -> None:
+    want = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    have = np.array([[1, 2, 3], [1, 9, 3], [9, 2, 3]])
+    assert same_until(have, want).tolist() == [3, 1, 0]
+
+
+def test_retrieval_is_counted_by_depth_and_pairs() -> None:
+    items = [
+        {"depth": 0.0, "pairs": 14, "right": True},
+        {"depth": 0.39, "pairs": 20, "right": False},
+        {"depth": 1.0, "pairs": 82, "right": True},
+    ]
+    summary = summarise(items)
+    assert (summary["right"], summary["of"]) == (2, 3)
+    assert [part["of"] for part in summary["by_depth"]] == [1, 1, 0, 0, 1]
+    assert [part["of"] for part in summary["by_pairs"]] == [1, 1, 0, 0, 1]
+    assert [(c["pairs"], c["right"]) for c in summary["by_both"]] == [
+        ([0, 20], 1),
+        ([20, 30], 0),
+        ([60, None], 1),
+    ]
+
+
+class Characters:
+    """A token a character, and one before each prompt."""
+
+    def encode(self, text: str) -> list[int]:
+        return [1, *map(ord, text)]
+
+
+def test_rows_start_at_lines_and_do_not_overlap(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i:04d}\n" for i in range(300)))
+    rows = token_rows(Characters(), str(path), 3, 500)
+    assert [len(row) for row in rows] == [500] * 3
+    heads = ["".join(map(chr, row[1:10])) for row in rows]
+    assert heads == ["line 0000", "line 0100", "line 0200"]
+    with pytest.raises(ValueError, match="too short for 3 rows of 2000 tokens: one has only"):
+        token_rows(Characters(), str(path), 3, 2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.txt", None, "cannot be read"),
+        ("rows.jsonl", '{"text": "a"}\n{"words": "b"}\n', "a field 'text'"),
+        ("rows.jsonl", "[1]\n", "a field 'text'"),
+    ],
+)
+def test_text_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: str | None, words: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=words):
+        token_rows(Characters(), str(path), 1, 10)
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_shipped_suites_load(name: str) -> None:
+    cells = load_suite(name, {"seed": 3})
+    assert {cell.measure.name for cell in cells} == set(MEASURES)
+    assert all(cell.engine["seed"] == 3 for cell in cells)
+
+
+def test_text_is_scored_a_token_a_step() -> None:
+    """A step of the batch is one token of each row: what a prefill attends to was all stored before."""
+    (cell,) = [cell for cell in load_suite("probe") if cell.measure.name == "next_token"]
+    assert cell.engine["long_prefill_token_threshold"] == 1
+    assert cell.engine["max_num_batched_tokens"] == cell.engine["max_num_seqs"] == cell.params.rows
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be like"),
+        ('{"cells": {"a": 3}}', "must be like"),
+        ('{"cells": {}}', "has no cells"),
+        ('{"cells": {"a": {"measure": "gsm8k"}}}', "cell 'a': 'measure' must be one of next_token"),
+        ('{"cells": {"a": {"measure": "next_token", "row": 2}}}', "no parameter 'row'; it has rows"),
+        ('{"cells": {"a": {"measure": "next_token", "context": 8}}}', "context more than 64"),
+        ('{"cells": {"a": {"measure": "retrieval", "lengths": ["9"]}}}', "lengths must be some of"),
+    ],
+)
+def test_suites_that_are_wrong_say_where(tmp_path: Path, suite: str, words: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(suite)
+    with pytest.raises(SuiteError, match=r"mine\.json") as raised:
+        load_suite(str(path))
+    assert words in str(raised.value)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> run.Plan:
+    dtypes = ["auto", "polarquant_k4v4"]
+    return run.Plan(str(MODEL_DIR), dtypes, "probe", load_suite("probe"), {}, 0, tmp_path / "out")
+
+
+def store(plan: run.Plan, dtype: str, name: str, summary: dict[str, Any]) -> Path:
+    (cell,) = [cell for cell in plan.cells if cell.name == name]
+    key = plan.key(dtype, cell)
+    results.write(plan.folder, key, Outcome(summary, {"x": np.arange(3)}), 1.0)
+    return plan.folder / f"{results.stem(key)}.json"
+
+
+def test_results_are_kept_whole_or_not_at_all(plan: run.Plan) -> None:
+    assert [cell.name for cell in plan.missing("auto")] == ["text", "retrieval", "greedy"]
+    path = store(plan, "auto", "text", {"perplexity": 2.0})
+    assert [cell.name for cell in plan.missing("auto")] == ["retrieval", "greedy"]
+    assert results.outcome(plan.folder, path.stem).arrays["x"].tolist() == [0, 1, 2]
+    assert not [p for p in plan.folder.iterdir() if ".part" in p.name]
+    whole = path.read_text()
+    for damaged in (whole[: len(whole) // 2], "", "[]", '{"key": {}}'):
+        path.write_text(damaged)
+        assert [cell.name for cell in plan.missing("auto")] == ["text", "retrieval", "greedy"]
+    path.write_text(whole)
+    path.with_suffix(".npz").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="damaged"):
+        results.outcome(plan.folder, path.stem)
+
+
+def test_a_result_is_only_that_of_its_own_conditions(plan: run.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, dtype, parameters, engine, seed and versions are all in its name; folders above it are not."""
+    cell = plan.cells[0]
+    name = results.stem(plan.key("polarquant_k4v4", cell))
+    others = {
+        results.stem(plan.key("polarquant_k3v3", cell)),
+        results.stem(replace(plan, seed=1).key("polarquant_k4v4", cell)),
+        results.stem(replace(plan, model="org/other").key("polarquant_k4v4", cell)),
+        results.stem(plan.key("polarquant_k4v4", replace(cell, engine={"dtype": "bfloat16"}))),
+        results.stem(plan.key("polarquant_k4v4", replace(cell, params=replace(cell.params, rows=9)))),
+    }
+    monkeypatch.setattr(results, "FORMAT_VERSION", 99)
+    others.add(results.stem(plan.key("polarquant_k4v4", cell)))
+    assert len(others | {name}) == 7
+
+
+FAKE_WORKER = """
+import json, os, sys
+job = json.load(sys.stdin)
+def report(**event):
+    print(json.dumps(event), flush=True)
+report(event="boot", cells=[])
+names = [key["cell"] for key in job["keys"]]
+for i, name in enumerate(names):
+    report(event="start", cell=name)
+    if i == 1:
+        report(event="failed", cell=name, reason="ValueError: no such thing")
+    elif i == 2:
+        os._exit(7)
+    else:
+        report(event="done", cell=name)
+"""
+
+
+def test_cells_that_fail_or_die_are_reported_and_block_only_what_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "WORKER", [sys.executable, "-c", FAKE_WORKER])
+    result = CliRunner().invoke(app, ["probe", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert lines[0].startswith("failed: auto, retrieval: ValueError: no such thing (log: ")
+    assert lines[1].startswith("failed: auto, greedy: the worker process ended with exit status 7")
+    # The fake says that it finished `text` but stores nothing.
+    assert [line.split(": ", 2)[1] for line in lines[2:]] == [
+        f"polarquant_k4v4, {name}" for name in ("text", "retrieval", "greedy")
+    ]
+    assert "there is no result of auto to compare with" in lines[2]
+
+
+def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summary(name: str) -> dict[str, Any]:
+        if name == "text":
+            return {"perplexity": 2.0, "by_position": [{"from": 0, "to": 64, "perplexity": 2.0}]}
+        return summarise([{"depth": 0.1, "pairs": 3, "right": True}]) if name == "retrieval" else {}
+
+    for cell in plan.cells:
+        store(plan, "auto", cell.name, summary(cell.name))
+    monkeypatch.setattr(run, "WORKER", ["must-not-be-started"])
+    command = ["probe", "--kv-cache-dtypes", "auto", "--out", str(plan.folder)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if line.startswith("| auto"))
+    assert [cell.strip() for cell in row.split("|")[1:4]] == ["auto", "2.000", "1/1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["probe", "--suite", "gsm9k"], "no suite 'gsm9k'; shipped are probe, text"),
+        (["./nowhere"], "no folder ./nowhere"),
+        (["probe", "--engine", "{"], "is not JSON"),
+        (["probe", "--engine", "3"], "is not a JSON object"),
+    ],
+)
+def test_command_names_bad_input(arguments: list[str], words: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "has no config.json" in result.stderr
+
+
+def test_help_names_both_forms() -> None:
+    text = CliRunner().invoke(app, ["--help"]).stdout
+    assert "run" in text and "distortion" in text
+    shown: Callable[[str], str] = lambda command: CliRunner().invoke(app, [command, "--help"]).stdout  # noqa: E731
+    assert "--kv-cache-dtypes" in shown("run") and "--head-dims" in shown("distortion")
+    assert json.loads(json.dumps(suite_names())) == ["probe", "text"]
