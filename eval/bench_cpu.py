@@ -43,8 +43,11 @@ def _layers(blocks: torch.Tensor) -> int:
 
 
 def _native(query: torch.Tensor, blocks: torch.Tensor, lens: torch.Tensor) -> Callable[[], None]:
-    import vllm._C  # noqa: F401
     from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    # vLLM has one library an instruction set, and only the right one runs on this processor.
+    current_platform.import_kernels()
 
     batch = len(lens)
     pages = torch.randn(blocks.numel(), KV_HEADS, 2 * BLOCK_SIZE, HEAD_DIM).bfloat16()
