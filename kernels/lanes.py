@@ -151,12 +151,21 @@ def unpack_halves(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _half(x, DTYPE: tl.constexpr):
+    """x, float32, as a 16-bit float in the low bits of a uint32, rounded to nearest even."""
+    if DTYPE == tl.bfloat16:
+        # The interpreter's own conversion cuts off.
+        bits = x.to(tl.uint32, bitcast=True)
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    else:
+        return x.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
 def pack_halves(low, high, DTYPE: tl.constexpr):
     """Two float32 rounded to 16-bit floats in one uint32, the first in the low half."""
     if _INTERPRET:
-        low = low.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        high = high.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return low | (high << 16)
+        return _half(low, DTYPE) | (_half(high, DTYPE) << 16)
     else:
         return tl.inline_asm_elementwise(
             f"cvt.rn.{_short_name(DTYPE)}x2.f32 $0, $2, $1;",
