@@ -1,7 +1,7 @@
 """The page on a CPU: numba loops over the same bytes that the Triton kernels read and write.
 
 Functions take and return torch tensors. Rotations and dense attention are torch's; numba does what torch
-has no fast operator for: nearest codes, bit streams, and attention straight off packed pages.
+has no fast operator for: Viterbi searches, bit streams, and attention straight off packed pages.
 Threads are torch's own: numba's OpenMP layer shares the libgomp that torch has loaded, and so the cores
 that vLLM has bound it to.
 """
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_polarquant.codec import Tables, by_largest, encode
+from vllm_polarquant.codec import SearchCells, Tables, by_largest, encode
 from vllm_polarquant.format import (
+    CELL_GRID,
+    CELLS_PER_UNIT,
+    FAR_CELL,
     MIN_FIT_GAIN,
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
-    SCALES,
     PolarFormat,
     VectorFormat,
     dense_block_stride,
@@ -82,41 +84,15 @@ class _Vector(NamedTuple):
     pair_bits: int
     code_bytes: int
     gain: int
-    scales: np.ndarray
     points: np.ndarray
     lut: np.ndarray
-    window: np.ndarray
-
-
-def search_windows(points: np.ndarray, bins_per_unit: int = 16) -> np.ndarray:
-    """Which codes can be nearest to a point of a given radius: int32 [bins, 2], first and last code + 1.
-
-    Bin i holds radii from i / bins_per_unit on; the last bin all larger ones. A code can be nearest only
-    if its own radius is within the distance that the annulus' worst point has to its nearest code, which
-    dense sampling of the annulus measures.
-    """
-    radius = np.hypot(points[:, 0], points[:, 1])
-    angle = np.linspace(0, 2 * np.pi, 1440, endpoint=False)
-    ring = np.stack([np.cos(angle), np.sin(angle)], -1)
-    bins = math.ceil((radius.max() + 0.5) * bins_per_unit)
-    windows = np.empty((bins, 2), np.int32)
-    width = 1 / bins_per_unit
-    for i in range(bins):
-        samples = np.concatenate([ring * (i + f) * width for f in (0.0, 0.25, 0.5, 0.75, 1.0)])
-        distance = np.hypot(*(samples[:, None] - points[None]).transpose(2, 0, 1)).min(1)
-        reach = distance.max() + width
-        inside = np.flatnonzero(np.abs(radius - (i + 0.5) * width) <= reach)
-        windows[i] = inside[0], inside[-1] + 1
-    windows[-1, 1] = len(points)
-    return windows
+    cells: np.ndarray
 
 
 @cache
-def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor) -> _Vector:
-    window = np.array([[0, 1]], np.int32)
+def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: SearchCells) -> _Vector:
     lut = np.zeros(1, np.uint32)
     if vector.kind == "polar":
-        window = search_windows(points.numpy())
         # bfloat16 points, x in the low half: one gather a pair, whatever the model's dtype.
         lut = points.bfloat16().contiguous().view(torch.int32).flatten().numpy().view(np.uint32)
     elif vector.kind == "fp8":
@@ -127,10 +103,9 @@ def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor) -> _Vecto
         vector.pair_bits,
         vector.code_bytes(head_dim),
         _GAINS[vector.gain],
-        np.asarray(SCALES.get(vector.bits, (1.0,)), np.float32),
         points.numpy(),
         lut,
-        window,
+        cells.codes.numpy().view(np.uint8).reshape(-1, 4),
     )
 
 
@@ -157,20 +132,62 @@ def _stored_radius(radius):
 
 
 @njit(cache=True)
-def _nearest(x, y, points, window):
-    at = min(int(math.sqrt(x * x + y * y) * 16), len(window) - 1)
-    best = window[at, 0]
-    best_score = np.float32(-1e30)
-    for t in range(window[at, 0], window[at, 1]):
-        px, py = points[t, 0], points[t, 1]
-        score = px * (x - np.float32(0.5) * px) + py * (y - np.float32(0.5) * py)
-        if score > best_score:
-            best_score, best = score, t
-    return best
+def _cell(x, y):
+    """Row of codec.search_cells for a point."""
+    base, per_unit = 0, np.float32(CELLS_PER_UNIT)
+    if max(abs(x), abs(y)) >= np.float32((CELL_GRID - 1) / 2 / CELLS_PER_UNIT):
+        base, per_unit = CELL_GRID * CELL_GRID, np.float32(CELLS_PER_UNIT / FAR_CELL)
+    column = math.floor(x * per_unit + np.float32(CELL_GRID // 2 + 0.5))
+    row = math.floor(y * per_unit + np.float32(CELL_GRID // 2 + 0.5))
+    # A vector of one coordinate is longer than the grid is wide.
+    column, row = min(max(column, 0), CELL_GRID - 1), min(max(row, 0), CELL_GRID - 1)
+    return base + row * CELL_GRID + column
 
 
 @njit(cache=True)
-def _encode_polar(y, points, window, scales, gain, codes):
+def _viterbi(y, scale, points, cells, nearest, back, codes):
+    """`codec.viterbi` of one vector y [d] times scale, over the points that `cells` names -> codes [d / 2].
+
+    nearest and back: uint8 [d / 2, 4, 4], scratch.
+    """
+    half = len(y) // 2
+    quarter = len(points) // 4
+    cost = np.full((4, 4), np.float32(1e30))
+    cost[0, 0] = 0
+    fresh = np.empty((4, 4), np.float32)
+    branch = np.empty(4, np.float32)
+    for j in range(half):
+        a, b = y[j] * scale, y[j + half] * scale
+        for before in range(4):
+            u, v = -a if before & 2 else a, -b if before & 1 else b
+            cell = _cell(u, v)
+            for t in range(4):
+                at = cells[cell, t]
+                nearest[j, before, t] = at
+                px, py = points[t * quarter + at, 0], points[t * quarter + at, 1]
+                branch[t] = px * (np.float32(0.5) * px - u) + py * (np.float32(0.5) * py - v)
+            for new in range(4):
+                t = new ^ before
+                least, older = cost[before, 0] + branch[t], 0
+                for candidate in range(1, 4):
+                    total = cost[before, candidate] + branch[t ^ candidate]
+                    if total < least:
+                        least, older = total, candidate
+                fresh[new, before] = least
+                back[j, before, new] = older
+        cost, fresh = fresh, cost
+    new, old = 0, 0
+    for state in range(16):
+        if cost[state // 4, state % 4] < cost[new, old]:
+            new, old = state // 4, state % 4
+    for j in range(half - 1, -1, -1):
+        older = back[j, old, new]
+        codes[j] = new * quarter + nearest[j, old, new ^ old ^ older]
+        new, old = old, older
+
+
+@njit(cache=True)
+def _encode_polar(y, points, cells, gain, nearest, back, codes):
     """Codes of one rotated vector y [d] into codes [d / 2]; returns radius / largest coordinate."""
     d = len(y)
     half = d // 2
@@ -178,28 +195,24 @@ def _encode_polar(y, points, window, scales, gain, codes):
     for j in range(d):
         norm2 += y[j] * y[j]
     norm = math.sqrt(norm2)
-    to_unit = np.float32(math.sqrt(d) / norm)
-    best_cos, best_length = np.float32(-2), np.float32(1)
-    trial = np.empty(half, np.uint8)
-    for scale in scales:
-        dot, length2 = np.float32(0), np.float32(0)
-        for j in range(half):
-            a, b = y[j] * to_unit, y[j + half] * to_unit
-            t = _nearest(a * scale, b * scale, points, window)
-            trial[j] = t
-            px, py = points[t, 0], points[t, 1]
-            dot += a * px + b * py
-            length2 += px * px + py * py
-        length = math.sqrt(length2)
-        cos = dot / (length * math.sqrt(d))
-        if cos > best_cos:
-            best_cos, best_length = np.float32(cos), np.float32(length)
-            codes[:] = trial
-    factor = norm / best_length
+    scale = np.float32(math.sqrt(d) / norm)
+    _viterbi(y, scale, points, cells, nearest, back, codes)
+    quarter = len(points) // 4
+    dot, length2 = np.float32(0), np.float32(0)
+    before, before_that = 0, 0
+    for j in range(half):
+        t = codes[j] ^ ((before ^ before_that) * quarter)
+        px, py = points[t, 0], points[t, 1]
+        dot += y[j] * (-px if before & 2 else px) + y[j + half] * (-py if before & 1 else py)
+        length2 += px * px + py * py
+        before, before_that = codes[j] // quarter, before
+    length = math.sqrt(length2)
+    cos = dot / (length * norm)
+    factor = norm / length
     if gain == 1:
-        factor /= best_cos
+        factor /= cos
     elif gain == 2:
-        factor *= max(best_cos, np.float32(MIN_FIT_GAIN))
+        factor *= max(cos, np.float32(MIN_FIT_GAIN))
     return np.float32(factor)
 
 
@@ -217,14 +230,15 @@ def _pack(codes, pair_bits, out):
 
 
 @njit(cache=True, parallel=True)
-def _encode(rotated, amax, pair_bits, points, window, scales, gain, packed, radius):
+def _encode(rotated, amax, pair_bits, points, cells, gain, packed, radius):
     """Rotated f32 [n, d] / amax [n] -> packed codes u8 [n, bytes], radius f32 [n] as it is stored."""
     n, d = rotated.shape
     for i in prange(n):
         codes = np.zeros(d // 2, np.uint8)
         radius[i] = 0
         if amax[i] > 0:
-            factor = _encode_polar(rotated[i], points, window, scales, gain, codes)
+            nearest, back = np.empty((d // 2, 4, 4), np.uint8), np.empty((d // 2, 4, 4), np.uint8)
+            factor = _encode_polar(rotated[i], points, cells, gain, nearest, back, codes)
             radius[i] = _stored_radius(amax[i] * factor)
         _pack(codes, pair_bits, packed[i])
 
@@ -262,7 +276,7 @@ def _encode_vectors(
     radius = torch.empty_like(amax)
     _encode(
         (unit @ rotation.T).flatten(0, 1).numpy(), amax.flatten().numpy(), spec.pair_bits,
-        spec.points, spec.window, spec.scales, spec.gain, codes.flatten(0, 1).numpy(),
+        spec.points, spec.cells, spec.gain, codes.flatten(0, 1).numpy(),
         radius.flatten().numpy(),
     )  # fmt: skip
     return radius.half(), codes
@@ -282,13 +296,16 @@ def store_kv(
     """
     _use_torch_threads()
     cache_bytes, stride = _bytes_of(cache_tensor, fmt)
-    for x, vector, points, code_at, radius_at in (
-        (key, fmt.key, tables.key_points, 0, fmt.key_radius_offset),
-        (value, fmt.value, tables.value_points, fmt.value_offset, fmt.value_radius_offset),
-    ):
+    for x, vector, points, cells, code_at, radius_at in (
+        (key, fmt.key, tables.key_points, tables.key_cells, 0, fmt.key_radius_offset),
+        (
+            value, fmt.value, tables.value_points, tables.value_cells, fmt.value_offset,
+            fmt.value_radius_offset,
+        ),
+    ):  # fmt: skip
         x = x[: len(slot_mapping)]
         if vector.kind == "polar":
-            spec = _vector(vector, fmt.head_dim, points)
+            spec = _vector(vector, fmt.head_dim, points, cells)
             radius, codes = _encode_vectors(x, spec, tables.rotation)
         else:
             radius, codes = encode(x, vector)
@@ -300,8 +317,11 @@ def store_kv(
 
 
 @njit(cache=True, fastmath=True)
-def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, points, tile):
-    """Unit vectors of `count` neighbouring tokens, as float32 bits: u8 codes at start -> tile u32 [:, d]."""
+def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, codes, tile):
+    """Unit vectors of `count` neighbouring tokens, as float32 bits: u8 codes at start -> tile u32 [:, d].
+
+    codes: uint32 [d / 2 + 2], scratch whose first two are 0.
+    """
     d = tile.shape[1]
     half = d // 2
     if kind == RAW:
@@ -317,12 +337,13 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, poin
             for j in range(d):
                 tile[t, j] = lut[np.uint64(cache_bytes[at + j])]
         return
+    low = np.uint32(pair_bits - 2)
     for t in range(count):
         at = start + t * code_bytes
         # Unsigned indices spare the loops Python's test for negative ones: three times faster.
         if pair_bits == 8:
             for j in range(half):
-                points[j] = lut[np.uint64(cache_bytes[at + j])]
+                codes[j + 2] = cache_bytes[at + j]
         else:
             mask = np.uint64((1 << pair_bits) - 1)
             for group in range(half // 8):
@@ -330,11 +351,13 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, poin
                 for b in range(pair_bits):
                     word |= np.uint64(cache_bytes[at + group * pair_bits + b]) << np.uint64(8 * b)
                 for j in range(8):
-                    points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
+                    codes[group * 8 + j + 2] = (word >> np.uint64(pair_bits * j)) & mask
         for j in range(half):
-            tile[t, j] = points[j] << np.uint32(16)
-        for j in range(half):
-            tile[t, j + half] = points[j] & np.uint32(0xFFFF0000)
+            before, before_that = codes[j + 1] >> low, codes[j] >> low
+            point = lut[np.uint64(codes[j + 2] ^ ((before ^ before_that) << low))]
+            point ^= ((before & np.uint32(2)) << np.uint32(14)) | (before << np.uint32(31))
+            tile[t, j] = point << np.uint32(16)
+            tile[t, j + half] = point & np.uint32(0xFFFF0000)
 
 
 @njit(cache=True, parallel=True, fastmath=True)
@@ -369,7 +392,7 @@ def _attend(
         # Splits are whole tiles and a tile never leaves its page.
         share = ((length + splits - 1) // splits + block_size - 1) // block_size * block_size
         begin, end = split * share, min((split + 1) * share, length)
-        points = np.empty(d // 2, np.uint32)
+        codes = np.zeros(d // 2 + 2, np.uint32)
         bits = np.empty((_TILE, d), np.uint32)
         tile = bits.view(np.float32)
         radius_bits = np.empty(_TILE, np.uint32)
@@ -381,7 +404,7 @@ def _attend(
             page = block * stride + head * page_bytes
             inside = start % block_size
             _load_tile(
-                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_bytes, k_lut, points, bits
+                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_bytes, k_lut, codes, bits
             )
             _load_radii(cache_bytes, page + key_radius_at + inside * 2, step, radius_bits, radii)
             for row in range(rows):
@@ -413,7 +436,7 @@ def _attend(
                         out[row, j] *= shrink
             _load_tile(
                 cache_bytes, page + value_at + inside * v_bytes, step, v_kind, v_bits, v_bytes, v_lut,
-                points, bits,
+                codes, bits,
             )  # fmt: skip
             _load_radii(cache_bytes, page + value_radius_at + inside * 2, step, radius_bits, radii)
             for row in range(rows):
@@ -465,7 +488,7 @@ def _gather(
     n, _, d = out.shape
     kind, pair_bits, code_bytes, lut = vector
     for i in prange(n):
-        points = np.empty(d // 2, np.uint32)
+        codes = np.zeros(d // 2 + 2, np.uint32)
         bits = np.empty((1, d), np.uint32)
         unit = bits.view(np.float32)
         radius_bits = np.empty(1, np.uint32)
@@ -477,7 +500,7 @@ def _gather(
             page = block * stride + head * page_bytes
             _load_tile(
                 cache_bytes, page + code_at + inside * code_bytes, 1, kind, pair_bits, code_bytes,
-                lut, points, bits,
+                lut, codes, bits,
             )  # fmt: skip
             _load_radii(cache_bytes, page + radius_at + inside * 2, 1, radius_bits, radius)
             for j in range(d):
@@ -494,8 +517,8 @@ def _raw_lut(dtype: torch.dtype) -> np.ndarray:
 def _sides(fmt: PolarFormat, tables: Tables, dtype: torch.dtype) -> tuple[tuple, tuple]:
     """(kind, pair bits, code bytes, lut) of keys and of values, as the loops take them."""
     specs = (
-        _vector(fmt.key, fmt.head_dim, tables.key_points),
-        _vector(fmt.value, fmt.head_dim, tables.value_points),
+        _vector(fmt.key, fmt.head_dim, tables.key_points, tables.key_cells),
+        _vector(fmt.value, fmt.head_dim, tables.value_points, tables.value_cells),
     )
     key, value = (
         (s.kind, s.pair_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut) for s in specs

@@ -141,48 +141,22 @@ def _load(pointers, inside, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _load_six_bit_codes(rows, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """As _load_codes for rows of whole 32-bit words.
+def _load_windows(rows, WIDTH: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """What each point of a little-endian bit stream depends on, int32 [rows, HALF_PAD].
 
-    A code may straddle two words, never one of the windows of 32 bits that start at every 16th.
+    From the lowest bit: the top two bits of the code before the last, the code before, the code. Bits
+    before a row's first are 0, and so is code HALF and all that follow.
     """
-    ROWS: tl.constexpr = rows.shape[0]
-    WORDS: tl.constexpr = HALF * 6 // 32
-    WORDS_PAD: tl.constexpr = HALF_PAD // 4
-    word = tl.arange(0, WORDS_PAD)
-    pointers = rows.to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
-    here = tl.load(pointers, mask=(word < WORDS)[None, :], other=0)
-    after = tl.load(pointers + 1, mask=(word + 1 < WORDS)[None, :], other=0)
-    windows = tl.reshape(tl.join(here, (here >> 16) | (after << 16)), [ROWS * WORDS_PAD * 2])
-    flat = tl.arange(0, ROWS * HALF_PAD)
-    bit = flat % HALF_PAD * 6
-    # Codes past HALF read some window of their row.
-    window = tl.minimum(bit // 16, WORDS_PAD * 2 - 1) + flat // HALF_PAD * (WORDS_PAD * 2)
-    codes = (tl.gather(windows, window, 0) >> (bit % 16).to(tl.uint32)) & 63
-    return tl.reshape(codes.to(tl.int32), [ROWS, HALF_PAD])
-
-
-@triton.jit
-def _load_codes(rows, WIDTH: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Codes int32 [rows, HALF_PAD] of a little-endian bit stream; code 0 past HALF."""
-    if WIDTH == 6 and HALF % 16 == 0:
-        return _load_six_bit_codes(rows, HALF, HALF_PAD)
-    # A group is the fewest codes that fill whole bytes.
-    GROUP: tl.constexpr = 1 if WIDTH == 8 else (2 if WIDTH == 4 else (4 if WIDTH == 6 else 8))
-    GROUP_BYTES: tl.constexpr = GROUP * WIDTH // 8
-    group = tl.arange(0, HALF_PAD // GROUP)
-    inside = (group < HALF // GROUP)[None, :]
-    pointers = rows[:, None] + group[None, :] * GROUP_BYTES
-    if GROUP == 1:
-        codes = _load(pointers, inside, HALF == HALF_PAD).to(tl.int32)
-    else:
-        word = _load(pointers, inside, HALF == HALF_PAD).to(tl.int64 if GROUP == 8 else tl.int32)
-        for i in tl.static_range(1, GROUP_BYTES):
-            word |= _load(pointers + i, inside, HALF == HALF_PAD).to(word.dtype) << (8 * i)
-        shifts = (tl.arange(0, GROUP) * WIDTH).to(word.dtype)
-        codes = (word[:, :, None] >> shifts[None, None, :]).to(tl.int32) & ((1 << WIDTH) - 1)
-        codes = tl.reshape(codes, [rows.shape[0], HALF_PAD])
-    return codes
+    ROW_BYTES: tl.constexpr = HALF * WIDTH // 8
+    pair = tl.arange(0, HALF_PAD)
+    first = pair * WIDTH - (WIDTH + 2)
+    byte = first >> 3
+    window = tl.zeros([rows.shape[0], HALF_PAD], tl.int32)
+    for i in tl.static_range(3):
+        inside = (byte + i >= 0) & (byte + i < ROW_BYTES)
+        part = tl.load(rows[:, None] + (byte + i)[None, :], mask=inside[None, :], other=0)
+        window |= part.to(tl.int32) << (8 * i)
+    return (window >> (first & 7)[None, :]) & ((1 << (2 * WIDTH + 2)) - 1)
 
 
 @triton.jit
@@ -213,7 +187,9 @@ def load_unit(
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if CODE != RAW and CODE != FP8:
-        codes = _load_codes(rows, CODE, HALF, HALF_PAD)
+        window = _load_windows(rows, CODE, HALF, HALF_PAD)
+        before = window >> CODE
+        codes = (window >> (CODE + 2)) ^ (((before ^ window) & 3) << (CODE - 2))
         # A lookup in shared memory takes two instructions, one in global memory five or more. A
         # thread loads 16 codes at a time: with copies, neighbours read from different banks.
         flat = tl.reshape(codes, [codes.shape[0] * HALF_PAD])
@@ -221,6 +197,7 @@ def load_unit(
             lane = tl.arange(0, codes.shape[0] * HALF_PAD) // 16
             flat = flat * COPIES + lane % COPIES
         point = tl.reshape(tl.gather(lut, flat, 0), [codes.shape[0], HALF_PAD])
+        point ^= ((before & 2) << 14) | (before << 31)
         x = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         y = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:

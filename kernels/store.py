@@ -1,4 +1,8 @@
-"""Encode new keys and values into their slots: rotate, search, pack, all in one launch."""
+"""Encode new keys and values into their slots: rotate, search, pack, all in one launch.
+
+The search is codec.viterbi over the points that codec.search_cells names. Four lanes work on a vector, one
+for each value of the top two bits of the code before, and hold the costs of the four codes before that.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,7 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
-    SCALES,
     PolarFormat,
-    VectorFormat,
 )
 from vllm_polarquant.kernels import tuning
 from vllm_polarquant.kernels.page import (
@@ -49,21 +51,34 @@ _FAR_PER_UNIT = tl.constexpr(CELLS_PER_UNIT / FAR_CELL)
 _NEAR_EXTENT = tl.constexpr((CELL_GRID - 1) / (2 * CELLS_PER_UNIT))
 # Added to a small float, 1.5 * 2**23 leaves the number, rounded, in the low bits.
 _ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
+# The same for costs, as integers of 2**-14: below 256, as a point is at most 5 and a pair 16 long.
+_COST_ROUNDER = tl.constexpr(1.5 * 2.0**9)
+_COST_ROUNDER_BITS = tl.constexpr(0x44400000)
+# Costs have two more low bits, which name the branch; the costs of a vector sum up to less than 2**25.
+_UNREACHED = tl.constexpr(1 << 28)
+# Bytes that the search keeps of a pair: its coordinates, the branches into 16 states, and four times (each
+# lane writes for itself) the branch taken.
+_SCRATCH_BYTES = 4 + 4 + 4
+
+
+class SearchCells(Protocol):
+    """codec.SearchCells: points int32 [cells, 4] and codes int32 [cells]."""
+
+    @property
+    def points(self) -> torch.Tensor: ...
+    @property
+    def codes(self) -> torch.Tensor: ...
 
 
 class EncoderTables(Protocol):
-    """What store_kv reads of codec.Tables: rotation float32 [d, d], luts and cells int32."""
+    """What store_kv reads of codec.Tables: rotation float32 [d, d] and the cells."""
 
     @property
     def rotation(self) -> torch.Tensor: ...
     @property
-    def key_lut(self) -> torch.Tensor: ...
+    def key_cells(self) -> SearchCells: ...
     @property
-    def value_lut(self) -> torch.Tensor: ...
-    @property
-    def key_cells(self) -> torch.Tensor: ...
-    @property
-    def value_cells(self) -> torch.Tensor: ...
+    def value_cells(self) -> SearchCells: ...
 
 
 @triton.jit
@@ -112,23 +127,124 @@ def _look_up(table, index):
 
 
 @triton.jit
-def _candidate(x, y, codes, lut, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """Of a cell's four codes the one of byte INDEX, its point's product with (x, y), and |p|^2 / 2."""
-    code = (codes >> (8 * INDEX)) & 0xFF
-    point = _look_up(lut, code)
-    px = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    py = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return code, x * px + y * py, 0.5 * (px * px + py * py)
+def _look_up_four(table, index):
+    """The four entries of each row of a table of int32 [rows, 4] that nobody writes."""
+    if _INTERPRET:
+        first = table + index * 4
+        return tl.load(first), tl.load(first + 1), tl.load(first + 2), tl.load(first + 3)
+    else:
+        address = table.to(tl.int64) + index.to(tl.int64) * 16
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [address],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
-def _closer(score, code, product, other_code, other_product, other_half, SCALE: tl.constexpr):
-    """The better of two candidates, the first if they are equally near."""
-    other_score = other_product * SCALE - other_half
-    closer = other_score > score
-    code = tl.where(closer, other_code, code)
-    product = tl.where(closer, other_product, product)
-    return tl.where(closer, other_score, score), code, product
+def _flips(before):
+    """Sign bits of a packed (x, y), x in the low half, by the top two bits of the code before."""
+    return ((before & 2) << 14) | (before << 31)
+
+
+@triton.jit
+def _low_half(packed, DTYPE: tl.constexpr):
+    return (packed & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _high_half(packed, DTYPE: tl.constexpr):
+    return (packed >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _cost(point, x, y):
+    """Half the squared distance, without |(x, y)|^2 / 2, as a multiple of 4."""
+    px, py = _low_half(point, tl.bfloat16), _high_half(point, tl.bfloat16)
+    cost = px * (0.5 * px - x) + py * (0.5 * py - y)
+    return ((cost + _COST_ROUNDER).to(tl.int32, bitcast=True) - _COST_ROUNDER_BITS) << 2
+
+
+@triton.jit
+def _branches(pairs, flips, points):
+    """Costs int32 [V, 4] of the nearest point of each quarter of the codebook, for each code before."""
+    flipped = pairs[:, None] ^ flips
+    x, y = _low_half(flipped, tl.float16), _high_half(flipped, tl.float16)
+    p0, p1, p2, p3 = _look_up_four(points, _cell(x, y))
+    return _cost(p0, x, y), _cost(p1, x, y), _cost(p2, x, y), _cost(p3, x, y)
+
+
+@triton.jit
+def _least(a, b, c, d):
+    return tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
+
+
+@triton.jit
+def _search(
+    pairs,
+    back,
+    taken,
+    points,
+    VECTORS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Viterbi's algorithm on coordinates that lie in scratch memory, and its trace back.
+
+    pairs: packed float16 (x, y), int32 [HALF, VECTORS]. back: bytes [HALF, VECTORS, 4], scratch. taken:
+    bytes [HALF, VECTORS, 4], written, four alike: bits 0-1 are the top two of the code, 2-3 those of the
+    code before, and 4-5 the quarter of the codebook.
+
+    Lane b of a vector holds in cost_x the cost of the state that the codes' top bits b, and before them
+    x ^ b, lead to: then the branch that takes new bits n reads quarter n ^ x in every lane.
+    """
+    vector = tl.arange(0, VECTORS)
+    before = tl.arange(0, 4)[None, :] + tl.zeros([VECTORS, 1], tl.int32)
+    flips = _flips(before)
+    odd, high = (before & 1) != 0, (before & 2) != 0
+    cost0 = tl.where(before == 0, 0, _UNREACHED)
+    cost1 = tl.full([VECTORS, 4], _UNREACHED, tl.int32) + 1
+    cost2 = cost1 + 1
+    cost3 = cost1 + 2
+    back_row = back + vector[:, None] * 4 + before
+    b0, b1, b2, b3 = _branches(tl.load(pairs + vector), flips, points)
+    for j in tl.range(HALF):
+        n0 = _least(cost0 + b0, cost1 + b1, cost2 + b2, cost3 + b3)
+        n1 = _least(cost0 + b1, cost1 + b0, cost2 + b3, cost3 + b2)
+        n2 = _least(cost0 + b2, cost1 + b3, cost2 + b0, cost3 + b1)
+        n3 = _least(cost0 + b3, cost1 + b2, cost2 + b1, cost3 + b0)
+        # The next pair's points are on their way while this one's branches are compared.
+        b0, b1, b2, b3 = _branches(tl.load(pairs + min(j + 1, HALF - 1) * VECTORS + vector), flips, points)
+        branch = (n0 & 3) | ((n1 & 3) << 2) | ((n2 & 3) << 4) | ((n3 & 3) << 6)
+        tl.store(back_row + j * (VECTORS * 4), branch.to(tl.uint8))
+        # n_new of lane `before` belongs in lane `new`, as its cost_x with x = new ^ before.
+        s0, s1 = tl.where(odd, n1, n0), tl.where(odd, n0, n1)
+        s2, s3 = tl.where(odd, n3, n2), tl.where(odd, n2, n3)
+        u0, u2 = tl.where(high, s2, s0), tl.where(high, s0, s2)
+        u1, u3 = tl.where(high, s3, s1), tl.where(high, s1, s3)
+        cost0 = u0 & -4
+        cost1 = (tl.gather(u1, before ^ 1, 1) & -4) | 1
+        cost2 = (tl.gather(u2, before ^ 2, 1) & -4) | 2
+        cost3 = (tl.gather(u3, before ^ 3, 1) & -4) | 3
+    tl.debug_barrier()
+
+    # The two low bits of the least cost name x; the lane is found by comparing.
+    least = _least(cost0, cost1, cost2, cost3)
+    least = (least & -4) * 4 + before * 4 + (least & 3)
+    # All four lanes walk back alike: what one lane knows would have to pass through shared memory.
+    end = tl.broadcast_to(tl.min(least, axis=1)[:, None], [VECTORS, 4])
+    new = (end >> 2) & 3
+    old = new ^ (end & 3)
+    for i in tl.range(HALF):
+        j = HALF - 1 - i
+        branch = tl.load(back + (j * VECTORS + vector[:, None]) * 4 + old).to(tl.int32)
+        x = (branch >> (new * 2)) & 3
+        step = new | (old << 2) | ((new ^ x) << 4)
+        tl.store(taken + (j * VECTORS + vector[:, None]) * 4 + before, step.to(tl.uint8))
+        new, old = old, old ^ x
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -160,8 +276,10 @@ def _encode(
     slot_mapping,
     num_vectors,
     rotation,
-    lut,
-    cells,
+    cell_points,
+    cell_codes,
+    scratch,
+    block,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -172,12 +290,11 @@ def _encode(
     CODES_OFFSET: tl.constexpr,
     RADIUS_OFFSET: tl.constexpr,
     GAIN: tl.constexpr,
-    SCALES: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    vector = tl.program_id(0) * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
+    vector = block * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
     token = (vector // NUM_HEADS).to(tl.int64)
     head = (vector % NUM_HEADS).to(tl.int64)
     slot = tl.load(slot_mapping + token, mask=vector < num_vectors, other=-1)
@@ -259,39 +376,40 @@ def _encode(
         else:
             norm = tl.maximum(tl.sqrt(tl.sum(y1 * y1 + y2 * y2, axis=1)), 1e-30)
             unit = (tl.sqrt(float(HEAD_DIM)) / norm)[:, None]
-            y1 *= unit
-            y2 *= unit
-            DTYPE: tl.constexpr = x.dtype.element_ty
-            near = _look_up(cells, _cell(y1, y2))
-            code0, product0, half0 = _candidate(y1, y2, near, lut, 0, DTYPE)
-            code1, product1, half1 = _candidate(y1, y2, near, lut, 1, DTYPE)
-            code2, product2, half2 = _candidate(y1, y2, near, lut, 2, DTYPE)
-            code3, product3, half3 = _candidate(y1, y2, near, lut, 3, DTYPE)
-            for i in tl.static_range(len(SCALES)):
-                score, codes, product = product0 * SCALES[i] - half0, code0, product0
-                score, codes, product = _closer(score, codes, product, code1, product1, half1, SCALES[i])
-                score, codes, product = _closer(score, codes, product, code2, product2, half2, SCALES[i])
-                score, codes, product = _closer(score, codes, product, code3, product3, half3, SCALES[i])
-                half = product * SCALES[i] - score
-                if HALF != HALF_PAD:
-                    half = tl.where((pair < HALF)[None, :], half, 0.0)
-                length = tl.sqrt(2.0 * tl.sum(half, axis=1))
-                cos = tl.sum(product, axis=1) / (length * tl.sqrt(float(HEAD_DIM)))
-                if i == 0:
-                    best_cos, best_length, best_codes = cos, length, codes
-                else:
-                    better = cos > best_cos
-                    best_cos = tl.where(better, cos, best_cos)
-                    best_length = tl.where(better, length, best_length)
-                    best_codes = tl.where(better[:, None], codes, best_codes)
+            x1, x2 = (y1 * unit).to(tl.float16), (y2 * unit).to(tl.float16)
+            pairs = x1.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            pairs |= x2.to(tl.int16, bitcast=True).to(tl.int32) << 16
+            SIZE: tl.constexpr = HALF_PAD * BLOCK_VECTORS
+            place = pair[None, :] * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)[:, None]
+            kept_pairs = scratch.to(tl.pointer_type(tl.int32))
+            # Other threads may still read what they kept of the program's last block.
+            tl.debug_barrier()
+            tl.store(kept_pairs + place, pairs)
+            tl.debug_barrier()
+            taken = scratch + 8 * SIZE
+            _search(kept_pairs, scratch + 4 * SIZE, taken, cell_points, BLOCK_VECTORS, HALF)
+
+            inside = (pair < HALF)[None, :]
+            branch = tl.load(taken + place * 4, mask=inside, other=0).to(tl.int32)
+            pairs ^= _flips((branch >> 2) & 3)
+            x1, x2 = _low_half(pairs, tl.float16), _high_half(pairs, tl.float16)
+            cell = _cell(x1, x2)
+            quarter = branch >> 4
+            point = _look_up(cell_points, cell * 4 + quarter)
+            low = (_look_up(cell_codes, cell) >> (quarter * 8)) & 0xFF
+            codes = ((branch & 3) << (CODE - 2)) | low
+            px, py = _low_half(point, tl.bfloat16), _high_half(point, tl.bfloat16)
+            length = tl.sqrt(tl.sum(tl.where(inside, px * px + py * py, 0.0), axis=1))
+            product = tl.sum(tl.where(inside, x1 * px + x2 * py, 0.0), axis=1)
+            cos = product / (length * tl.sqrt(float(HEAD_DIM)))
             gain = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
             if GAIN == "fit":
-                gain = tl.maximum(best_cos, _MIN_FIT_GAIN)
+                gain = tl.maximum(cos, _MIN_FIT_GAIN)
             elif GAIN == "unbiased":
-                gain = 1.0 / best_cos
-            radius = _encode_radius(amax * (norm * gain / best_length))
-            best_codes = tl.where(usable[:, None], best_codes, 0)
-            _store_codes(best_codes, rows, keep, CODE, HALF)
+                gain = 1.0 / cos
+            radius = _encode_radius(amax * (norm * gain / length))
+            codes = tl.where(usable[:, None], codes, 0)
+            _store_codes(codes, rows, keep, CODE, HALF)
         tl.store(radius_pointer, tl.where(usable, radius, 0.0), mask=keep)
 
 
@@ -308,17 +426,17 @@ def _store_kernel(
     slot_mapping,
     num_vectors,
     rotation,
-    key_lut,
-    value_lut,
-    key_cells,
-    value_cells,
+    key_cell_points,
+    key_cell_codes,
+    value_cell_points,
+    value_cell_codes,
+    scratch,
     NUM_HEADS: tl.constexpr,
     KEY_GAIN: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
     VALUE_GAIN: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCRATCH_BYTES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -331,23 +449,23 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr,
     VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    if tl.program_id(1) == 0:
-        _encode(
-            key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
-            rotation, key_lut, key_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
-            KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, KEY_SCALES, BLOCK_VECTORS, BLOCK_K,
-        )  # fmt: skip
-    else:
-        _encode(
-            value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
-            num_vectors, rotation, value_lut, value_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
-            PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET, VALUE_GAIN,
-            VALUE_SCALES, BLOCK_VECTORS, BLOCK_K,
-        )  # fmt: skip
-
-
-def _scales(vector: VectorFormat) -> tuple[float, ...]:
-    return SCALES.get(vector.bits, (1.0,)) if vector.kind == "polar" else (1.0,)
+    program = tl.program_id(0) * 2 + tl.program_id(1)
+    scratch += program.to(tl.int64) * SCRATCH_BYTES
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_vectors, BLOCK_VECTORS), tl.num_programs(0)):
+        if tl.program_id(1) == 0:
+            _encode(
+                key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
+                rotation, key_cell_points, key_cell_codes, scratch, block, NUM_HEADS, HEAD_DIM, HALF_PAD,
+                BLOCK_SIZE, PAGE_BYTES, KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN,
+                BLOCK_VECTORS, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _encode(
+                value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
+                num_vectors, rotation, value_cell_points, value_cell_codes, scratch, block, NUM_HEADS,
+                HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
+                VALUE_RADIUS_OFFSET, VALUE_GAIN, BLOCK_VECTORS, BLOCK_K,
+            )  # fmt: skip
 
 
 def store_kv(
@@ -393,7 +511,11 @@ def store_kv(
     # Few vectors leave most of the GPU idle: small programs then have the least latency.
     op = "store" if num_vectors >= 1 << 12 else "store_few"
     config = tuning.config(op, fmt, key.device)
-    _store_kernel[(triton.cdiv(num_vectors, config["block_vectors"]), 2)](
+    constants = page_constants(fmt)
+    programs = min(triton.cdiv(num_vectors, config["block_vectors"]), config["programs"])
+    scratch_bytes = _SCRATCH_BYTES * config["block_vectors"] * constants["HALF_PAD"]
+    scratch = torch.empty(2 * programs * scratch_bytes, dtype=torch.uint8, device=key.device)
+    _store_kernel[(programs, 2)](
         key,
         key.stride(0),
         key.stride(1),
@@ -405,18 +527,18 @@ def store_kv(
         slot_mapping,
         num_vectors,
         tables.rotation,
-        tables.key_lut,
-        tables.value_lut,
-        tables.key_cells,
-        tables.value_cells,
+        tables.key_cells.points,
+        tables.key_cells.codes,
+        tables.value_cells.points,
+        tables.value_cells.codes,
+        scratch,
         NUM_HEADS=key.shape[1],
         KEY_GAIN=fmt.key.gain,
-        KEY_SCALES=_scales(fmt.key),
         VALUE_GAIN=fmt.value.gain,
-        VALUE_SCALES=_scales(fmt.value),
         BLOCK_VECTORS=config["block_vectors"],
         BLOCK_K=config["block_k"],
+        SCRATCH_BYTES=scratch_bytes,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
-        **page_constants(fmt),
+        **constants,
     )

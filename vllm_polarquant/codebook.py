@@ -1,12 +1,16 @@
-"""Generate spiral.json: the radii of the golden-angle spiral codes.
+"""Generate codebook.json: the points of the trellis codes, for independent unit-variance Gaussians.
 
-    python -m vllm_polarquant.codebook > vllm_polarquant/spiral.json
+    python -m vllm_polarquant.codebook > vllm_polarquant/codebook.json
 
-Code t of n stands at angle t * GOLDEN_ANGLE. A quantiser of a two-dimensional Gaussian is best when its
-points are as dense as the square root of the Gaussian (Panter and Dite 1951, Gersho 1979), so the spiral
-starts with radius 2 sqrt(-ln(1 - (t + 1/2) / n)), where a share (t + 1/2) / n of that density lies
-inside. For small n the formula is 5-10 % off the optimum, so Lloyd's iteration (Lloyd 1982) then moves
-each point along its ray to the centroid of its cell. Nothing is fitted to any model's data.
+The points of a w-bit code start as a lattice: the 2**w points of Z^2 + (1/4, 1/4) nearest to the origin.
+Flipping their signs gives the three other cosets of Z^2 in (Z/2 + 1/4)^2, so what a trellis with both flips
+chooses from is a square lattice four times as dense. Two steps of Ungerboeck's set partition (IEEE Trans.
+Inf. Theory 28, 1982) split Z^2 into the codebook's quarters, each of them a square lattice twice as wide;
+within a quarter, points are in order of length. The lattice's disc is stretched so that its points get the
+density of a Gaussian, narrower than the source's, as a trellis rarely takes what lies far out.
+
+Then Lloyd's iteration (IEEE Trans. Inf. Theory 28, 1982): encode Gaussian vectors, move each point to the
+mean of what chose it, signs undone. The coordinates are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -16,42 +20,54 @@ import math
 import sys
 
 import numpy as np
+import torch
 
-GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
+from vllm_polarquant.codec import _FLIPS, viterbi
 
-
-def gaussian_grid(rings: int = 400, phases: int = 401) -> tuple[np.ndarray, np.ndarray]:
-    """Equally likely points [rings * phases, 2] of a standard two-dimensional Gaussian."""
-    radius = np.sqrt(-2 * np.log(1 - (np.arange(rings) + 0.5) / rings))
-    angle = np.arange(phases) * (2 * math.pi / phases)
-    # Each ring is turned by the golden angle, so that no ray of grid points favours a code.
-    turned = angle[None, :] + GOLDEN_ANGLE * np.arange(rings)[:, None]
-    points = np.stack([radius[:, None] * np.cos(turned), radius[:, None] * np.sin(turned)], -1)
-    return points.reshape(-1, 2), np.full(rings * phases, 1 / (rings * phases))
+_WIDTH = {4: 0.78, 5: 0.80, 6: 0.82, 7: 0.85, 8: 0.85}
+"""Radius of the lattice's disc after stretching, relative to the best for codes without a trellis."""
 
 
-def spiral_radii(n: int, iterations: int = 100) -> np.ndarray:
-    """Radii float64 [n] of the n-point spiral, for coordinates of unit variance."""
-    code = np.arange(n)
-    ray = np.stack([np.cos(code * GOLDEN_ANGLE), np.sin(code * GOLDEN_ANGLE)], -1)
-    radius = 2 * np.sqrt(-np.log(1 - (code + 0.5) / n))
-    grid, weight = gaussian_grid()
+def lattice(pair_bits: int) -> np.ndarray:
+    """The points before Lloyd's iteration, float64 [2**pair_bits, 2]."""
+    n = 1 << pair_bits
+    line = np.arange(-32, 32)
+    i, j = (axis.ravel() for axis in np.meshgrid(line, line, indexing="ij"))
+    place = np.stack([i, j], -1) + 0.25
+    first = (i + j) & 1
+    # The sublattice of even i + j is Z^2 turned by 45 degrees.
+    second = ((i - first + j) >> 1) + ((i - first - j) >> 1) & 1
+    quarter = first + 2 * second
+    length = np.hypot(place[:, 0], place[:, 1])
+    order = np.argsort(length, kind="stable")
+    chosen = np.concatenate([order[quarter[order] == q][: n // 4] for q in range(4)])
+    # Of n points in a disc, a share length**2 * pi / n lies within `length`.
+    share = np.minimum(length[chosen] ** 2 * math.pi / n, 1 - 0.3 / n)
+    stretched = _WIDTH[pair_bits] * 2 * np.sqrt(-np.log(1 - share))
+    return place[chosen] * (stretched / length[chosen])[:, None]
+
+
+def trellis_points(pair_bits: int, vectors: int = 4096, iterations: int = 20) -> np.ndarray:
+    """The points of the code, float64 [2**pair_bits, 2], trained on vectors of 64 pairs."""
+    pairs = np.random.default_rng(pair_bits).standard_normal((vectors, 64, 2)).astype(np.float32)
+    pairs *= math.sqrt(128) / np.sqrt((pairs**2).sum((1, 2), keepdims=True))
+    points = lattice(pair_bits)
+    n, shift = len(points), pair_bits - 2
     for _ in range(iterations):
-        points = radius[:, None] * ray
-        nearest = np.empty(len(grid), np.int64)
-        for start in range(0, len(grid), 16384):
-            part = grid[start : start + 16384]
-            nearest[start : start + 16384] = (part @ points.T - (points**2).sum(-1) / 2).argmax(-1)
-        along = (grid * ray[nearest]).sum(-1)
-        mass = np.bincount(nearest, weight, n)
-        moment = np.bincount(nearest, weight * along, n)
-        radius = np.where(mass > 0, moment / np.maximum(mass, 1e-300), radius)
-    return radius
+        codes = viterbi(torch.from_numpy(pairs), torch.from_numpy(points).float()).numpy()
+        top = np.pad(codes >> shift, ((0, 0), (2, 0)))
+        index = (codes ^ ((top[:, 1:-1] ^ top[:, :-2]) << shift)).ravel()
+        unflipped = (pairs * _FLIPS.numpy()[top[:, 1:-1]]).reshape(-1, 2)
+        # One more sample where the point is keeps points that few vectors choose from jumping.
+        mass = np.bincount(index, minlength=n) + 1
+        points = np.stack([np.bincount(index, unflipped[:, k], n) + points[:, k] for k in (0, 1)], -1)
+        points /= mass[:, None]
+    return points
 
 
 def main() -> None:
-    table = {str(2**w): [round(float(r), 5) for r in spiral_radii(2**w)] for w in range(4, 9)}
-    json.dump(table, sys.stdout, separators=(",", ":"))
+    rounded = {w: torch.from_numpy(trellis_points(w)).bfloat16().tolist() for w in range(4, 9)}
+    json.dump(rounded, sys.stdout, separators=(",", ":"))
     sys.stdout.write("\n")
 
 

@@ -1,9 +1,19 @@
 """The codec in plain torch: the ground truth that every kernel is tested against.
 
 x [d] is rotated by a seeded orthogonal matrix and scaled to unit variance, so that its coordinates are
-close to independent Gaussians whatever x was. Coordinates j and j + d/2 make a point of the plane, which
-becomes one angle code: code t of n is the point at angle t * golden angle on a spiral (codebook.py). One
-radius a vector brings back its length.
+close to independent Gaussians whatever x was. Coordinates j and j + d/2 make point j of the plane, which
+becomes code c[j] of w = 2 * bits bits. One radius a vector brings back its length.
+
+The codes are the branches of a trellis (Ungerboeck 1982; for quantisation Marcellin and Fischer 1990): what
+c[j] stands for depends on the top two bits of the two codes before it, so that the codes of a vector choose
+among four times as many points as they could name one by one. With top2 = 0b11 << (w - 2) and codes before
+the first one 0,
+
+    index[j] = c[j] ^ ((c[j-1] ^ c[j-2]) & top2)
+    point[j] = codebook(w)[index[j]], x negated if c[j-1] has bit w-1 set, y if it has bit w-2 set
+
+so a decoder reads each point on its own. The best codes of a vector are found by Viterbi's algorithm (1967):
+the state before pair j is the top two bits of c[j-1] and c[j-2], 16 states with 4 branches each.
 """
 
 from __future__ import annotations
@@ -17,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_polarquant.codebook import GOLDEN_ANGLE
 from vllm_polarquant.format import (
     BITS,
     CELL_GRID,
@@ -30,7 +39,6 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
-    SCALES,
     SEED,
     PolarFormat,
     UnsupportedFormat,
@@ -64,14 +72,13 @@ def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
 
 @cache
 def codebook(pair_bits: int) -> torch.Tensor:
-    """The points of the spiral code, float32 [2**pair_bits, 2], for coordinates of unit variance.
+    """The points that an index stands for, float32 [2**pair_bits, 2], for coordinates of unit variance.
 
     Their coordinates are bfloat16 numbers, so that kernels that multiply in 16 bits lose nothing.
+    codebook.py derives them.
     """
-    radii = json.loads((files(__package__) / "spiral.json").read_text())[str(2**pair_bits)]
-    angle = torch.arange(len(radii), dtype=torch.float64) * GOLDEN_ANGLE
-    radius = torch.tensor(radii, dtype=torch.float64)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).bfloat16().float()
+    points = json.loads((files(__package__) / "codebook.json").read_text())[str(pair_bits)]
+    return torch.tensor(points, dtype=torch.float64).bfloat16().float()
 
 
 def pack(codes: torch.Tensor, pair_bits: int) -> torch.Tensor:
@@ -105,46 +112,86 @@ def decode_radius(radius: torch.Tensor) -> torch.Tensor:
     return torch.where(radius >= 0, radius, (-radius).pow(RADIUS_POWER))
 
 
-def nearest(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Code of the point nearest to each pair: float32 [..., 2] -> int64 [...]; the lower code on a tie."""
-    flat = pairs.reshape(-1, 2)
-    half_norm = (points * points).sum(-1) / 2
-    codes = torch.empty(len(flat), dtype=torch.int64, device=pairs.device)
-    step = max(1, _ENCODE_SCRATCH // len(points))
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
-        codes[start : start + step] = (part @ points.T - half_norm).argmax(-1)
-    return codes.view(pairs.shape[:-1])
+# Flips of (x, y) by the top two bits of the code before: the higher bit negates x, the lower one y.
+_FLIPS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+# Quarter of the codebook that a branch reads, by the top bits of the code before, of the new code, and of
+# the code before those.
+_QUARTER = torch.arange(4)[:, None, None] ^ torch.arange(4)[:, None] ^ torch.arange(4)
 
 
-def _as_pairs(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack(x.chunk(2, -1), -1)
+def points_of(codes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Points of whole vectors of codes: int64 [..., m] -> float32 [..., m, 2].
+
+    points: float32 [2**w, 2], the codebook of w-bit codes.
+    """
+    shift = len(points).bit_length() - 3
+    top = codes >> shift
+    before = torch.nn.functional.pad(top, (1, 0))[..., :-1]
+    before_that = torch.nn.functional.pad(top, (2, 0))[..., :-2]
+    index = codes ^ ((before ^ before_that) << shift)
+    return points[index] * _FLIPS.to(points.device)[before]
+
+
+def viterbi(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The codes whose points are nearest to whole vectors, by sum of squared distances.
+
+    pairs float32 [n, m, 2], points float32 [2**w, 2] -> codes int64 [n, m].
+    """
+    n = len(pairs)
+    step = max(1, _ENCODE_SCRATCH // (4 * len(points)))
+    parts = [_viterbi(pairs[start : start + step], points) for start in range(0, n, step)]
+    return (
+        torch.cat(parts) if parts else torch.empty(pairs.shape[:-1], dtype=torch.int64, device=pairs.device)
+    )
+
+
+def _viterbi(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    n, m, _ = pairs.shape
+    device = pairs.device
+    shift = len(points).bit_length() - 3
+    flips, quarter = _FLIPS.to(device), _QUARTER.to(device)
+    half_norm = points.square().sum(-1) / 2
+    row = torch.arange(n, device=device)
+    before = torch.arange(4, device=device)[:, None, None]
+    # Scores are minus half the squared distance, without what all points share. [n, before, before that]
+    score = torch.full((n, 4, 4), -torch.inf, device=device)
+    score[:, 0, 0] = 0
+    nearest, back = [], []
+    for j in range(m):
+        flipped = pairs[:, j, None] * flips
+        gain = (flipped @ points.T - half_norm).view(n, 4, 4, -1)
+        best, at = gain.max(-1)
+        score, chosen = (score[:, :, None] + best[:, before, quarter]).max(-1)
+        score = score.transpose(1, 2)
+        nearest.append(at.to(torch.uint8))
+        back.append(chosen.to(torch.uint8))
+    codes = torch.empty(n, m, dtype=torch.int64, device=device)
+    end = score.flatten(1).argmax(-1)
+    new, old = end // 4, end % 4
+    for j in reversed(range(m)):
+        older = back[j][row, old, new].long()
+        codes[:, j] = (new << shift) | nearest[j][row, old, new ^ old ^ older].long()
+        new, old = old, older
+    return codes
 
 
 def _encode_polar(
     y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     points = codebook(vector.pair_bits).to(y.device)
+    d = y.shape[-1]
     norm = y.norm(dim=-1).clamp_min(1e-30)
-    pairs = _as_pairs(y * (math.sqrt(y.shape[-1]) / norm)[..., None])
-    best_cos = torch.full_like(norm, -2.0)
-    best_length = torch.ones_like(norm)
-    best_codes = torch.zeros(pairs.shape[:-1], dtype=torch.int64, device=y.device)
-    for scale in SCALES.get(vector.bits, (1.0,)):
-        codes = nearest(pairs * scale, points)
-        decoded = points[codes]
-        length = decoded.square().sum((-1, -2)).sqrt()
-        cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(y.shape[-1]))
-        better = cos > best_cos
-        best_cos = torch.where(better, cos, best_cos)
-        best_length = torch.where(better, length, best_length)
-        best_codes = torch.where(better[..., None], codes, best_codes)
+    pairs = torch.stack((y * (math.sqrt(d) / norm)[..., None]).chunk(2, -1), -1)
+    codes = viterbi(pairs.reshape(-1, d // 2, 2), points).view(pairs.shape[:-1])
+    decoded = points_of(codes, points)
+    length = decoded.square().sum((-1, -2)).sqrt()
+    cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(d))
     gain = torch.ones_like(norm)
     if vector.gain == "fit":
-        gain = best_cos.clamp_min(MIN_FIT_GAIN)
+        gain = cos.clamp_min(MIN_FIT_GAIN)
     elif vector.gain == "unbiased":
-        gain = 1 / best_cos
-    return encode_radius(amax * (norm * gain / best_length)), pack(best_codes, vector.pair_bits)
+        gain = 1 / cos
+    return encode_radius(amax * (norm * gain / length)), pack(codes, vector.pair_bits)
 
 
 def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,8 +239,8 @@ def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -
         return codes.view(dtype).float()
     if vector.kind == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
-    points = codebook(vector.pair_bits).to(codes.device)[unpack(codes, vector.pair_bits)]
-    return points.transpose(-1, -2).flatten(-2)
+    points = codebook(vector.pair_bits).to(codes.device)
+    return points_of(unpack(codes, vector.pair_bits), points).transpose(-1, -2).flatten(-2)
 
 
 def decode(
@@ -212,7 +259,7 @@ def decode(
 
 
 class PolarQuant:
-    """Radius and angle codes of single vectors, as a library.
+    """Radius and trellis codes of single vectors, as a library.
 
     Args:
         d: vector size, one of 64, 80, 96, 112, 128, 192, 256.
@@ -262,50 +309,51 @@ class PolarQuant:
         return self.bits + 8 * RADIUS_BYTES / self.d
 
 
+class SearchCells(NamedTuple):
+    """Where kernels look up the nearest point of each quarter of a codebook; see `search_cells`.
+
+    points: int32 [2 * CELL_GRID**2, 4], packed bfloat16, x in the low half and y in the high half.
+    codes: int32 [2 * CELL_GRID**2], their places in the quarters, one a byte.
+    """
+
+    points: torch.Tensor
+    codes: torch.Tensor
+
+
 @cache
-def search_cells(pair_bits: int) -> torch.Tensor:
-    """Four codes to try for every point of a cell: int32 [2 * CELL_GRID**2], one a byte, ascending.
+def search_cells(pair_bits: int) -> SearchCells:
+    """The point of each quarter of a codebook that is nearest to a cell's centre.
 
     Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
-    cells is first. The codes are all that can be nearest to (x, y), or to it times one of the encoder's
-    SCALES, and if they are fewer than four then one is repeated.
-
-    Code c can only be nearest somewhere in a cell if against every other code k there is a point of the
-    cell that is no nearer to k than to c. As the difference of the two squared distances is linear, that
-    point is a corner. No cell of any of our codes has more than four such codes; were it otherwise, those
-    that win by most would be kept.
+    cells is first. Near a border between two points a cell may name the farther one: the codes that a
+    search over cells finds are up to 1 % worse than those of `viterbi`.
     """
-    points = codebook(pair_bits).double()
-    half_norm = points.square().sum(-1) / 2
-    scales = SCALES.get(pair_bits / 2, (1.0,))
+    points = codebook(pair_bits)
     line = torch.arange(CELL_GRID, dtype=torch.float64) - CELL_GRID // 2
     y, x = torch.meshgrid(line, line, indexing="ij")
-    packed = []
-    for width in (1 / CELLS_PER_UNIT, FAR_CELL / CELLS_PER_UNIT):
-        centre = torch.stack([x, y], -1).view(-1, 2) * width
-        # Codes further down the list are far from ever being nearest.
-        tried = torch.cdist(centre, points).topk(16, largest=False).indices
-        point, half = points[tried], half_norm[tried]
-        apart = point[:, :, None] - point[:, None]
-        # Slightly too wide cells allow for rounding.
-        reach = (centre[:, None, None] * apart).sum(-1) + 0.5001 * width * apart.abs().sum(-1)
-        gain = torch.maximum(reach * min(scales), reach * max(scales)) - (half[:, :, None] - half[:, None])
-        lead, order = gain.amin(-1).topk(4)
-        codes = tried.gather(1, order)
-        codes = torch.where(lead >= 0, codes, codes[:, :1]).sort(-1).values
-        packed.append((codes << torch.tensor([0, 8, 16, 24])).sum(-1))
+    centre = torch.stack([x, y], -1).view(-1, 2)
+    centre = torch.cat([centre / CELLS_PER_UNIT, centre * (FAR_CELL / CELLS_PER_UNIT)])
+    quarters = points.double().view(4, -1, 2)
+    at = torch.cdist(centre, quarters).argmin(-1).T
+    chosen = points.view(4, -1, 2)[torch.arange(4), at]
     # Through uint32, as the highest byte may reach the sign.
-    return torch.cat(packed).to(torch.uint32).view(torch.int32)
+    codes = (at << torch.tensor([0, 8, 16, 24])).sum(-1).to(torch.uint32).view(torch.int32)
+    return SearchCells(_packed(chosen, torch.bfloat16), codes)
+
+
+def _packed(points: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Points float32 [..., 2] as int32 [...]: two 16-bit floats, x in the low half."""
+    return points.to(dtype).contiguous().view(torch.int32).squeeze(-1)
 
 
 class Tables(NamedTuple):
     """The codec's constants on a device, as kernels take them.
 
     rotation: R, float32 [d, d]; the identity for raw vectors.
-    key_points, value_points: float32 [n, 2], the points; [1, 2] of zeros where unused.
+    key_points, value_points: float32 [n, 2], the codebooks; [1, 2] of zeros where unused.
     key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
         and y in the high half, so that one load brings both coordinates of a pair.
-    key_cells, value_cells: int32, the encoder's search_cells; [1] of zeros where unused.
+    key_cells, value_cells: the encoder's search_cells; of zeros where unused.
     """
 
     rotation: torch.Tensor
@@ -313,21 +361,21 @@ class Tables(NamedTuple):
     value_points: torch.Tensor
     key_lut: torch.Tensor
     value_lut: torch.Tensor
-    key_cells: torch.Tensor
-    value_cells: torch.Tensor
+    key_cells: SearchCells
+    value_cells: SearchCells
 
 
 @cache
 def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables:
     """Constants of a format for a model of `dtype` (bfloat16 or float16) on `device`, built once."""
-    points = [
-        codebook(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 2, dtype=torch.float32)
-        for vector in (fmt.key, fmt.value)
-    ]
-    luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
-    cells = [
-        search_cells(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, dtype=torch.int32)
-        for vector in (fmt.key, fmt.value)
-    ]
-    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim, dtype=torch.float32)
-    return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts, *cells)))
+    points, luts, cells = [], [], []
+    for vector in (fmt.key, fmt.value):
+        polar = vector.kind == "polar"
+        book = codebook(vector.pair_bits) if polar else torch.zeros(1, 2)
+        unused = torch.zeros(1, 4, dtype=torch.int32)
+        search = search_cells(vector.pair_bits) if polar else SearchCells(unused, unused[0])
+        points.append(book.to(device))
+        luts.append(_packed(book, dtype).to(device))
+        cells.append(SearchCells(*(t.to(device) for t in search)))
+    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim)
+    return Tables(rotate.float().contiguous().to(device), *points, *luts, *cells)
