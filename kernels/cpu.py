@@ -208,12 +208,11 @@ def _encode_polar(y, points, cells, gain, nearest, back, codes):
         before, before_that = codes[j] // quarter, before
     length = math.sqrt(length2)
     cos = dot / (length * norm)
-    factor = norm / length
     if gain == 1:
-        factor /= cos
-    elif gain == 2:
-        factor *= max(cos, np.float32(MIN_FIT_GAIN))
-    return np.float32(factor)
+        return np.float32(norm / length / cos)
+    if gain == 2:
+        return np.float32(norm / length * (cos if cos > MIN_FIT_GAIN else MIN_FIT_GAIN))
+    return np.float32(norm / length)
 
 
 @njit(cache=True)
@@ -337,7 +336,7 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, code
             for j in range(d):
                 tile[t, j] = lut[np.uint64(cache_bytes[at + j])]
         return
-    low = np.uint32(pair_bits - 2)
+    shift = np.uint32(pair_bits - 2)
     for t in range(count):
         at = start + t * code_bytes
         # Unsigned indices spare the loops Python's test for negative ones: three times faster.
@@ -353,9 +352,9 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, code
                 for j in range(8):
                     codes[group * 8 + j + 2] = (word >> np.uint64(pair_bits * j)) & mask
         for j in range(half):
-            before, before_that = codes[j + 1] >> low, codes[j] >> low
-            point = lut[np.uint64(codes[j + 2] ^ ((before ^ before_that) << low))]
-            point ^= ((before & np.uint32(2)) << np.uint32(14)) | (before << np.uint32(31))
+            before, before_that = codes[j + 1] >> shift, codes[j] >> shift
+            flips = ((before & np.uint32(2)) << np.uint32(14)) | (before << np.uint32(31))
+            point = lut[np.uint64(codes[j + 2] ^ ((before ^ before_that) << shift))] ^ flips
             tile[t, j] = point << np.uint32(16)
             tile[t, j + half] = point & np.uint32(0xFFFF0000)
 

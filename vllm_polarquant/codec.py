@@ -368,7 +368,9 @@ class Tables(NamedTuple):
 @cache
 def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables:
     """Constants of a format for a model of `dtype` (bfloat16 or float16) on `device`, built once."""
-    points, luts, cells = [], [], []
+    points: list[torch.Tensor] = []
+    luts: list[torch.Tensor] = []
+    cells: list[SearchCells] = []
     for vector in (fmt.key, fmt.value):
         polar = vector.kind == "polar"
         book = codebook(vector.pair_bits) if polar else torch.zeros(1, 2)
@@ -378,4 +380,5 @@ def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables
         luts.append(_packed(book, dtype).to(device))
         cells.append(SearchCells(*(t.to(device) for t in search)))
     rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim)
-    return Tables(rotate.float().contiguous().to(device), *points, *luts, *cells)
+    turn = rotate.float().contiguous().to(device)
+    return Tables(turn, points[0], points[1], luts[0], luts[1], cells[0], cells[1])
