@@ -78,7 +78,7 @@ def test_default_page_in_numbers():
 
 def test_cache_id_tells_formats_apart():
     assert len({fmt.cache_id for fmt in EVERY_FORMAT}) == len(EVERY_FORMAT)
-    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v1-d128-b16-s42"
+    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v2-d128-b16-s42"
 
 
 @pytest.mark.parametrize(
