@@ -1,8 +1,9 @@
-"""Decode attention on the codes in place: a split of the KV range a program, then one merge.
+"""Decode attention on the codes in place: one launch, a split of a request's KV range a program.
 
-Scores are taken between rotated queries and unit-radius points, so a key costs a table lookup a
-pair and one multiplication by its radius; the values' radii go into the probabilities. The output
-is turned back once a query, in the kernel that merges the splits.
+Written lane by lane (lanes.py). Scores are products of rotated queries with unit-radius points, so a key
+costs a table lookup a pair and one multiplication by its radius; the values' radii go into the weights.
+The last split of a request to end merges them all. Where the rotation is a Hadamard matrix, queries are
+rotated as they are read and outputs turned back as they are written; elsewhere rotate.py does both.
 """
 
 from __future__ import annotations
