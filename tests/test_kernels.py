@@ -376,14 +376,18 @@ def test_decode_of_tiny_and_huge_values(size, dtype, device):
 
 
 def test_decode_ignores_other_tokens_radii(device):
-    """A stored zero vector has logit 0 and adds nothing; slots past the end may hold NaN radii."""
+    """A stored zero vector has logit 0 and adds nothing; slots past the end may hold anything."""
     fmt = PolarFormat(K4V4, 64, 16)
     batch = make_batch(fmt, [21], [1], torch.float16, device, heads=1)
     views = reference.page_views(batch.cache, fmt)
     block = int(batch.block_table[0, 0])
     views.key_radius[block, 0, 4] = 0
     views.value_radius[block, 0, 4] = 0
-    assert views.key_radius[int(batch.block_table[0, 1]), 0, 5:].isnan().all()
+    last = int(batch.block_table[0, 1])
+    assert views.key_radius[last, 0, 5:].isnan().all()
+    check_decode(batch, 1)
+    views.key_radius[last, 0, 5:] = float("inf")
+    views.value_radius[last, 0, 5:] = float("inf")
     check_decode(batch, 1)
 
 
