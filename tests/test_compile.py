@@ -1,0 +1,41 @@
+"""Decode attention, PTX and all, compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RESERVED = 1024
+"""Static shared memory that the driver keeps for itself from compute capability 9.0 on."""
+MOST = 48 << 10
+"""Static and dynamic shared memory that a launch gets without asking for more."""
+
+CASES = [
+    (80, "polarquant_k4v4", 128, 1),
+    (89, "polarquant_k4v8", 64, 1),
+    (90, "polarquant_k4v4", 128, 1),
+    (90, "polarquant_k4v3", 256, 2),
+    (90, "polarquant_k3v2", 96, 2),
+    (120, "polarquant_k2v2", 128, 1),
+]
+
+
+@pytest.mark.slow
+def test_decode_compiles_for_every_generation_and_can_be_launched() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_decode.py")
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(CASES)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for case, (static, dynamic, registers) in zip(CASES, json.loads(done.stdout), strict=True):
+        reserved = RESERVED if case[0] >= 90 else 0
+        assert 0 < static - reserved + dynamic <= MOST, case
+        assert registers <= 255, case
+    _, _, registers = json.loads(done.stdout)[2]
+    assert registers <= 128, "two programs no longer fit a multiprocessor"
