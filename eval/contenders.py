@@ -21,11 +21,9 @@ from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import rotate
 from vllm_polarquant.kernels.store import store_kv
+from vllm_polarquant.prefix import workspace_tokens
 
 DTYPE = torch.bfloat16
-PREFIX_WORKSPACE_BYTES = 32 << 20
-"""Room for unpacked prefixes, as in gpu.py."""
-
 CHECKED_ROWS = 16
 REFERENCE_CONTEXT = 1 << 15
 """Longest request that is compared with reference.attention, which decodes it whole in float64."""
@@ -249,13 +247,12 @@ class PolarLayer:
 
 
 class PolarPrefix(PolarLayer):
-    """A chunk of one request on its quantised prefix, in the steps of gpu.py's prefill."""
+    """A chunk of one request on its quantised prefix, in the steps of gpu.py's prefill and one copy more."""
 
     @staticmethod
     def allocate(inputs: Inputs) -> object:
         case = inputs.case
-        row = case.kv_heads * case.head_dim * DTYPE.itemsize
-        tokens = max(1024, PREFIX_WORKSPACE_BYTES // (2 * row))
+        tokens = workspace_tokens(case.kv_heads, case.head_dim, DTYPE)
         return torch.empty(2, tokens, case.kv_heads, case.head_dim, dtype=DTYPE, device=inputs.device)
 
     def attend(self) -> torch.Tensor:

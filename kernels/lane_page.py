@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from vllm_polarquant.kernels.lanes import load_words, look_up, pack_halves, unpack_halves
+from vllm_polarquant.kernels.lanes import dtypes, load_words, look_up, pack_halves, unpack_halves
 from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius
 
 _INTERPRET = tl.constexpr(INTERPRET)
@@ -146,15 +146,10 @@ def radii(words):
                 stored[7],
                 words[0] | words[1] | words[2] | words[3],
             ],
-            dtype=_float32s(8),
+            dtype=dtypes(tl.float32, 8),
             is_pure=True,
             pack=1,
         )
-
-
-@triton.constexpr_function
-def _float32s(count):
-    return (tl.float32,) * count
 
 
 @triton.constexpr_function

@@ -41,7 +41,8 @@ def _outputs(kind, count):
 
 
 @triton.constexpr_function
-def _dtypes(dtype, count):
+def dtypes(dtype, count):
+    """The result type of an inline assembly with `count` outputs of a dtype."""
     return (dtype,) * count
 
 
@@ -69,7 +70,7 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
             _load_asm(COUNT, VECTOR),
             _outputs("r", COUNT) + ",l",
             [pointers.to(tl.int64)],
-            dtype=_dtypes(tl.uint32, COUNT),
+            dtype=dtypes(tl.uint32, COUNT),
             is_pure=True,
             pack=1,
         )
@@ -153,7 +154,7 @@ def unpack_halves(word, DTYPE: tl.constexpr):
 @triton.jit
 def _half(x, DTYPE: tl.constexpr):
     """x, float32, as a 16-bit float in the low bits of a uint32, rounded to nearest even."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         # The interpreter's own conversion cuts off.
         bits = x.to(tl.uint32, bitcast=True)
         return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -220,7 +221,7 @@ def mma(c, a, b, DTYPE: tl.constexpr):
             _mma_asm(_short_name(DTYPE)),
             "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
             [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            dtype=dtypes(tl.float32, 4),
             is_pure=True,
             pack=1,
         )
@@ -245,6 +246,12 @@ def _open_asm(size):
     return f".shared .align 128 .b8 lane_table[{size}];\nmov.u32 $0, lane_table;"
 
 
+@triton.constexpr_function
+def _at(instruction):
+    """PTX of an instruction on shared memory; `[at` in it stands for $1 bytes into the kernel's."""
+    return f"{{.reg .b32 at;\nmov.u32 at, lane_table;\nadd.u32 at, at, $1;\n{instruction}}}"
+
+
 @triton.jit
 def open_shared(threads, BYTES: tl.constexpr):
     """Static shared memory, for the table and, after it, for exchanges between warps; once a kernel."""
@@ -266,8 +273,7 @@ def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr):
             word = tl.load(words + tl.minimum(entry, COUNT - 1))
             address = (FIRST + tl.minimum(entry, COUNT - 1)) * 128 + threads % 8 * 16
             tl.inline_asm_elementwise(
-                "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
-                "st.shared.v4.b32 [base], {$2, $2, $2, $2};\nmov.u32 $0, 0;}",
+                _at("st.shared.v4.b32 [at], {$2, $2, $2, $2};\nmov.u32 $0, 0;"),
                 "=r,r,r",
                 [address, word],
                 dtype=tl.uint32,
@@ -286,24 +292,15 @@ def look_up(words, FIRST: tl.constexpr, field, lane):
         return tl.load(words + (field >> 7).to(tl.int32)).to(tl.uint32, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
-            _look_up_asm(FIRST * 128), "=r,r", [field | (lane * 4).to(tl.uint32)],
+            _at(f"ld.shared.b32 $0, [at + {FIRST * 128}];"), "=r,r", [field | (lane * 4).to(tl.uint32)],
             dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
-
-
-@triton.constexpr_function
-def _look_up_asm(offset):
-    return (
-        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
-        f"ld.shared.b32 $0, [base + {offset}];}}"
-    )
 
 
 @triton.jit
 def _put(address, value):
     tl.inline_asm_elementwise(
-        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\n"
-        "st.shared.f32 [base], $2;\nmov.u32 $0, 0;}",
+        _at("st.shared.f32 [at], $2;\nmov.u32 $0, 0;"),
         "=r,r,f",
         [address, value],
         dtype=tl.uint32,
@@ -315,7 +312,7 @@ def _put(address, value):
 @triton.jit
 def _get(address):
     return tl.inline_asm_elementwise(
-        "{.reg .b32 base;\nmov.u32 base, lane_table;\nadd.u32 base, base, $1;\nld.shared.f32 $0, [base];}",
+        _at("ld.shared.f32 $0, [at];"),
         "=f,r",
         [address],
         dtype=tl.float32,

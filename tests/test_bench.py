@@ -16,6 +16,7 @@ import torch
 import typer
 from engine_runs import MODEL, child_env
 
+from vllm_polarquant import prefix
 from vllm_polarquant.eval import bench_engine, bench_kernels, contenders, grid, report
 from vllm_polarquant.eval.bench_kernels import Bench
 from vllm_polarquant.eval.grid import CENTRE, PEERS, Case, default_cases, jobs, parse_decode, tiny_cases
@@ -241,7 +242,7 @@ def test_exact_attention_is_that_of_lossless_pages(op: str) -> None:
 @interpreted
 def test_the_prefix_runs_over_several_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     case = replace(TINY["prefix"], context=1200)
-    monkeypatch.setattr(contenders, "PREFIX_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(prefix, "WORKSPACE_BYTES", 1)
     inputs = contenders.make_inputs(case, CPU)
     contender = contenders.Polar(LOSSLESS)
     shape = (1, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))

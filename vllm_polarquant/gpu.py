@@ -27,9 +27,7 @@ from vllm_polarquant.kernels.decode import MAX_QUERY_LEN, DecodeWorkspace, decod
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import MANY_ROWS, rotate
 from vllm_polarquant.kernels.store import MANY_VECTORS, store_kv
-from vllm_polarquant.prefix import PrefillPlan, plan_prefill
-
-PREFIX_WORKSPACE_BYTES = 32 << 20
+from vllm_polarquant.prefix import PrefillPlan, plan_prefill, workspace_tokens
 
 
 class GpuMetadataBuilder(PolarMetadataBuilder):
@@ -96,7 +94,7 @@ def _buffers(
         max_reqs=max_reqs,
         max_query_len=max_decode_len,
     )
-    tokens = max(1024, PREFIX_WORKSPACE_BYTES // (2 * num_kv_heads * head_dim * dtype.itemsize))
+    tokens = workspace_tokens(num_kv_heads, head_dim, dtype)
     prefix = torch.empty(2, tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
     return Buffers(decode, prefix[0], prefix[1])
 
@@ -254,37 +252,36 @@ class GpuImpl(PolarQuantImpl):
         del scratch
 
     def warm_up(self, fmt: PolarFormat) -> None:
-        # Kernels have one variant for few and one for many rows.
-        few = max(self.decode_len, fmt.block_size)
-        many = max(MANY_VECTORS // self.num_kv_heads, MANY_ROWS // self.num_heads) + 1
-        for tokens in (few, many):
-            self._warm_up(fmt, tokens)
-
-    def _warm_up(self, fmt: PolarFormat, tokens: int) -> None:
         device = self.tables.rotation.device
-        decode_len = self.decode_len
         pages = torch.zeros(
             2, self.num_kv_heads, fmt.block_size, fmt.slot_bytes, dtype=torch.uint8, device=device
         )
+        # Storing, rotating and merging have one variant for few and one for many rows.
+        few = max(self.decode_len, fmt.block_size)
+        many = max(MANY_VECTORS // self.num_kv_heads, MANY_ROWS // self.num_heads) + 1
+        for tokens in (few, many):
+            x = torch.ones(tokens, self.num_kv_heads, self.head_size, dtype=self.dtype, device=device)
+            query = torch.ones(tokens, self.num_heads, self.head_size, dtype=self.dtype, device=device)
+            out = torch.empty_like(query)
+            lse = torch.zeros(self.num_heads, tokens, device=device, dtype=torch.float32)
+            slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+            slots[: fmt.block_size] = torch.arange(fmt.block_size, device=device)
+            store_kv(x, x, pages, slots, fmt, self.tables)
+            rotate(query, out, self.tables)
+            merge_prefix(query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True)
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
-        x = torch.ones(tokens, self.num_kv_heads, self.head_size, dtype=self.dtype, device=device)
-        query = torch.ones(tokens, self.num_heads, self.head_size, dtype=self.dtype, device=device)
-        slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-        slots[: fmt.block_size] = torch.arange(len(slots[: fmt.block_size]), device=device)
-        store_kv(x, x, pages, slots, fmt, self.tables)
-        starts = torch.tensor([0, decode_len], dtype=torch.int32, device=device)
-        out = torch.empty_like(query)
+        starts = torch.tensor([0, self.decode_len], dtype=torch.int32, device=device)
         decode_attention(
-            query[:decode_len],
+            query[: self.decode_len],
             pages,
             table,
             starts[1:],
             starts,
-            decode_len,
+            self.decode_len,
             fmt,
             self.tables,
             self.scale,
-            out[:decode_len],
+            out[: self.decode_len],
             self.buffers.decode,
         )
         cut = torch.tensor([0, fmt.block_size], dtype=torch.int32, device=device)
@@ -299,6 +296,3 @@ class GpuImpl(PolarQuantImpl):
             self.buffers.prefix_key,
             self.buffers.prefix_value,
         )
-        lse = torch.zeros(self.num_heads, tokens, device=device, dtype=torch.float32)
-        rotate(query, out, self.tables)
-        merge_prefix(query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True)

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+WORKSPACE_BYTES = 32 << 20
+
+
+def workspace_tokens(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Tokens whose keys and values fit the workspace."""
+    return max(1024, WORKSPACE_BYTES // (2 * num_kv_heads * head_dim * dtype.itemsize))
+
 
 @dataclass(frozen=True)
 class Segment:

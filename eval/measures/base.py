@@ -10,6 +10,19 @@ if TYPE_CHECKING:
     import numpy as np
     from vllm import LLM
 
+CHUNK = 32
+REQUESTS = 16
+
+
+def chunked_engine(max_model_len: int) -> dict[str, Any]:
+    """Engine options with which prompts are prefilled CHUNK tokens at a time, and so read off the pages."""
+    return {
+        "max_model_len": max_model_len,
+        "max_num_seqs": REQUESTS,
+        "max_num_batched_tokens": CHUNK,
+        "enable_prefix_caching": True,
+    }
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_polarquant.eval.measures.base import Measure, Outcome
-from vllm_polarquant.eval.measures.retrieval import CHUNK, REQUESTS
+from vllm_polarquant.eval.measures.base import Measure, Outcome, chunked_engine
 from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
 
 
@@ -35,12 +34,7 @@ class Params:
 
 
 def _engine(params: Params) -> dict[str, Any]:
-    return {
-        "max_model_len": params.max_model_len,
-        "max_num_seqs": REQUESTS,
-        "max_num_batched_tokens": CHUNK,
-        "enable_prefix_caching": True,
-    }
+    return chunked_engine(params.max_model_len)
 
 
 def same_until(have: np.ndarray, want: np.ndarray) -> np.ndarray:

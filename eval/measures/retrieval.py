@@ -10,15 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_polarquant.eval.measures.base import Measure, Outcome
+from vllm_polarquant.eval.measures.base import Measure, Outcome, chunked_engine
 from vllm_polarquant.eval.probe.episodes import (
     load_episodes,
     query_prompt,
     score_answer,
 )
 
-CHUNK = 32
-REQUESTS = 16
 DEPTHS = 5
 PAIRS = (20, 30, 40, 60)
 MAX_ANSWER_TOKENS = 12
@@ -42,12 +40,7 @@ class Params:
 
 
 def _engine(params: Params) -> dict[str, Any]:
-    return {
-        "max_model_len": params.max_model_len,
-        "max_num_seqs": REQUESTS,
-        "max_num_batched_tokens": CHUNK,
-        "enable_prefix_caching": True,
-    }
+    return chunked_engine(params.max_model_len)
 
 
 def _share(items: list[dict[str, Any]]) -> dict[str, int]:
