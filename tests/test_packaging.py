@@ -84,7 +84,7 @@ def test_wheel_holds_every_module_and_data_file(source, wheel):
         for pattern in ("**/*.py", *(f"**/{data}" for data in DATA)):
             found = [path for path in (source / folder).glob(pattern) if path.is_file()]
             expected |= {f"{package}/{path.relative_to(source / folder)}" for path in found}
-    assert {"vllm_polarquant/spiral.json", "vllm_polarquant/py.typed"} <= expected
+    assert {"vllm_polarquant/codebook.json", "vllm_polarquant/py.typed"} <= expected
     packed = {name for name in files_of(wheel) if ".dist-info/" not in name}
     assert packed == expected
 

@@ -2,8 +2,17 @@
 
 x [d] is rotated by a seeded orthogonal matrix and scaled to unit variance, so that its coordinates are
 close to independent Gaussians whatever x was. Coordinates j and j + d/2 make a point of the plane, which
-becomes one angle code: code t of n is the point at angle t * golden angle on a spiral (codebook.py). One
-radius a vector brings back its length.
+becomes one code. One radius a vector brings back its length.
+
+The codes of a vector are a walk through a trellis (for quantisation Marcellin and Fischer 1990; read off a
+window of the bit stream as in QTIP, Tseng et al. 2024): what code c[j] of w bits stands for depends on the top
+b bits of the code before it, so that the codes of a vector choose among 2**b times as many points as one code
+could name. With c[-1] = 0
+
+    point[j] = codebook(w)[c[j] << b | c[j-1] >> (w - b)]
+
+which is a window of w + b bits of the stream of codes, so a decoder reads each point on its own. The best codes
+of a vector are found by Viterbi's algorithm (1967) over 2**b states.
 """
 
 from __future__ import annotations
@@ -17,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_polarquant.codebook import GOLDEN_ANGLE
 from vllm_polarquant.format import (
     BITS,
     CELL_GRID,
@@ -30,8 +38,8 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
-    SCALES,
     SEED,
+    STATE_BITS,
     PolarFormat,
     UnsupportedFormat,
     VectorFormat,
@@ -64,14 +72,13 @@ def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
 
 @cache
 def codebook(pair_bits: int) -> torch.Tensor:
-    """The points of the spiral code, float32 [2**pair_bits, 2], for coordinates of unit variance.
+    """The points of a trellis, float32 [2**(w + b), 2] for w-bit codes, for coordinates of unit variance.
 
     Their coordinates are bfloat16 numbers, so that kernels that multiply in 16 bits lose nothing.
+    codebook.py derives them.
     """
-    radii = json.loads((files(__package__) / "spiral.json").read_text())[str(2**pair_bits)]
-    angle = torch.arange(len(radii), dtype=torch.float64) * GOLDEN_ANGLE
-    radius = torch.tensor(radii, dtype=torch.float64)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).bfloat16().float()
+    points = json.loads((files(__package__) / "codebook.json").read_text())[str(pair_bits)]
+    return torch.tensor(points, dtype=torch.float64).bfloat16().float()
 
 
 def pack(codes: torch.Tensor, pair_bits: int) -> torch.Tensor:
@@ -105,46 +112,65 @@ def decode_radius(radius: torch.Tensor) -> torch.Tensor:
     return torch.where(radius >= 0, radius, (-radius).pow(RADIUS_POWER))
 
 
-def nearest(pairs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Code of the point nearest to each pair: float32 [..., 2] -> int64 [...]; the lower code on a tie."""
-    flat = pairs.reshape(-1, 2)
-    half_norm = (points * points).sum(-1) / 2
-    codes = torch.empty(len(flat), dtype=torch.int64, device=pairs.device)
-    step = max(1, _ENCODE_SCRATCH // len(points))
-    for start in range(0, len(flat), step):
-        part = flat[start : start + step]
-        codes[start : start + step] = (part @ points.T - half_norm).argmax(-1)
-    return codes.view(pairs.shape[:-1])
+def windows(codes: torch.Tensor, pair_bits: int) -> torch.Tensor:
+    """The place in the codebook of each code of whole vectors: int64 [..., m] of both."""
+    states = STATE_BITS[pair_bits]
+    before = torch.nn.functional.pad(codes, (1, 0))[..., :-1]
+    return codes << states | before >> (pair_bits - states)
 
 
-def _as_pairs(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack(x.chunk(2, -1), -1)
+def viterbi(pairs: torch.Tensor, points: torch.Tensor, states: int) -> torch.Tensor:
+    """The codes whose points are nearest to whole vectors, by sum of squared distances.
+
+    pairs float32 [n, m, 2], points float32 [2**(w + b), 2], states b -> codes int64 [n, m].
+    """
+    n = len(pairs)
+    step = max(1, _ENCODE_SCRATCH // (4 * len(points)))
+    parts = [_viterbi(pairs[start : start + step], points, states) for start in range(0, n, step)]
+    return torch.cat(parts) if parts else torch.empty(pairs.shape[:-1], dtype=torch.int64)
+
+
+def _viterbi(pairs: torch.Tensor, points: torch.Tensor, states: int) -> torch.Tensor:
+    n, m, _ = pairs.shape
+    half_norm = points.square().sum(-1) / 2
+    row = torch.arange(n, device=pairs.device)
+    # Scores are minus half the squared distance, without what all points share.
+    score = torch.full((n, 1 << states), -torch.inf, device=pairs.device)
+    score[:, 0] = 0
+    middle, back = [], []
+    for j in range(m):
+        # A window is the code's top bits, its other bits, and the top bits of the code before.
+        gain = (pairs[:, j] @ points.T - half_norm).unflatten(-1, (1 << states, -1, 1 << states))
+        best, at = gain.max(2)
+        score, before = (best + score[:, None]).max(-1)
+        middle.append(at.gather(-1, before[..., None])[..., 0])
+        back.append(before)
+    codes = torch.empty(n, m, dtype=torch.int64, device=pairs.device)
+    rest = len(points) >> (2 * states)
+    state = score.argmax(-1)
+    for j in reversed(range(m)):
+        codes[:, j] = state * rest + middle[j][row, state]
+        state = back[j][row, state]
+    return codes
 
 
 def _encode_polar(
     y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     points = codebook(vector.pair_bits).to(y.device)
+    d = y.shape[-1]
     norm = y.norm(dim=-1).clamp_min(1e-30)
-    pairs = _as_pairs(y * (math.sqrt(y.shape[-1]) / norm)[..., None])
-    best_cos = torch.full_like(norm, -2.0)
-    best_length = torch.ones_like(norm)
-    best_codes = torch.zeros(pairs.shape[:-1], dtype=torch.int64, device=y.device)
-    for scale in SCALES.get(vector.bits, (1.0,)):
-        codes = nearest(pairs * scale, points)
-        decoded = points[codes]
-        length = decoded.square().sum((-1, -2)).sqrt()
-        cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(y.shape[-1]))
-        better = cos > best_cos
-        best_cos = torch.where(better, cos, best_cos)
-        best_length = torch.where(better, length, best_length)
-        best_codes = torch.where(better[..., None], codes, best_codes)
+    pairs = torch.stack((y * (math.sqrt(d) / norm)[..., None]).chunk(2, -1), -1)
+    codes = viterbi(pairs.reshape(-1, d // 2, 2), points, vector.state_bits).view(pairs.shape[:-1])
+    decoded = points[windows(codes, vector.pair_bits)]
+    length = decoded.square().sum((-1, -2)).sqrt()
+    cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(d))
     gain = torch.ones_like(norm)
     if vector.gain == "fit":
-        gain = best_cos.clamp_min(MIN_FIT_GAIN)
+        gain = cos.clamp_min(MIN_FIT_GAIN)
     elif vector.gain == "unbiased":
-        gain = 1 / best_cos
-    return encode_radius(amax * (norm * gain / best_length)), pack(best_codes, vector.pair_bits)
+        gain = 1 / cos
+    return encode_radius(amax * (norm * gain / length)), pack(codes, vector.pair_bits)
 
 
 def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +218,8 @@ def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -
         return codes.view(dtype).float()
     if vector.kind == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
-    points = codebook(vector.pair_bits).to(codes.device)[unpack(codes, vector.pair_bits)]
+    window = windows(unpack(codes, vector.pair_bits), vector.pair_bits)
+    points = codebook(vector.pair_bits).to(codes.device)[window]
     return points.transpose(-1, -2).flatten(-2)
 
 
@@ -212,7 +239,7 @@ def decode(
 
 
 class PolarQuant:
-    """Radius and angle codes of single vectors, as a library.
+    """Radius and trellis codes of single vectors, as a library.
 
     Args:
         d: vector size, one of 64, 80, 96, 112, 128, 192, 256.
@@ -264,48 +291,35 @@ class PolarQuant:
 
 @cache
 def search_cells(pair_bits: int) -> torch.Tensor:
-    """Four codes to try for every point of a cell: int32 [2 * CELL_GRID**2], one a byte, ascending.
+    """Which of a trellis's parallel branches to take, by cell of the plane: int32 [2 * CELL_GRID**2, 2**b].
 
     Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
-    cells is first. The codes are all that can be nearest to (x, y), or to it times one of the encoder's
-    SCALES, and if they are fewer than four then one is repeated.
-
-    Code c can only be nearest somewhere in a cell if against every other code k there is a point of the
-    cell that is no nearer to k than to c. As the difference of the two squared distances is linear, that
-    point is a corner. No cell of any of our codes has more than four such codes; were it otherwise, those
-    that win by most would be kept.
+    cells is first. Entry s of a cell's column n, w - b bits wide and as many times s bits up, is the middle of the
+    window (n, middle, s) whose point is nearest to the cell's centre. Near a border between two points a cell
+    may name the farther one: the codes that a search over cells finds are up to 1 % worse than those of
+    `viterbi`.
     """
+    states = STATE_BITS[pair_bits]
     points = codebook(pair_bits).double()
-    half_norm = points.square().sum(-1) / 2
-    scales = SCALES.get(pair_bits / 2, (1.0,))
     line = torch.arange(CELL_GRID, dtype=torch.float64) - CELL_GRID // 2
     y, x = torch.meshgrid(line, line, indexing="ij")
-    packed = []
-    for width in (1 / CELLS_PER_UNIT, FAR_CELL / CELLS_PER_UNIT):
-        centre = torch.stack([x, y], -1).view(-1, 2) * width
-        # Codes further down the list are far from ever being nearest.
-        tried = torch.cdist(centre, points).topk(16, largest=False).indices
-        point, half = points[tried], half_norm[tried]
-        apart = point[:, :, None] - point[:, None]
-        # Slightly too wide cells allow for rounding.
-        reach = (centre[:, None, None] * apart).sum(-1) + 0.5001 * width * apart.abs().sum(-1)
-        gain = torch.maximum(reach * min(scales), reach * max(scales)) - (half[:, :, None] - half[:, None])
-        lead, order = gain.amin(-1).topk(4)
-        codes = tried.gather(1, order)
-        codes = torch.where(lead >= 0, codes, codes[:, :1]).sort(-1).values
-        packed.append((codes << torch.tensor([0, 8, 16, 24])).sum(-1))
-    # Through uint32, as the highest byte may reach the sign.
-    return torch.cat(packed).to(torch.uint32).view(torch.int32)
+    centre = torch.stack([x, y], -1).view(-1, 2)
+    centre = torch.cat([centre / CELLS_PER_UNIT, centre * (FAR_CELL / CELLS_PER_UNIT)])
+    gain = centre @ points.T - points.square().sum(-1) / 2
+    middle = gain.unflatten(-1, (1 << states, -1, 1 << states)).argmax(2)
+    shifts = torch.arange(1 << states) * (pair_bits - states)
+    # Through uint32, as the highest bit may be set.
+    return (middle << shifts).sum(-1).to(torch.uint32).view(torch.int32)
 
 
 class Tables(NamedTuple):
     """The codec's constants on a device, as kernels take them.
 
     rotation: R, float32 [d, d]; the identity for raw vectors.
-    key_points, value_points: float32 [n, 2], the points; [1, 2] of zeros where unused.
+    key_points, value_points: float32 [n, 2], the codebooks; [1, 2] of zeros where unused.
     key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
         and y in the high half, so that one load brings both coordinates of a pair.
-    key_cells, value_cells: int32, the encoder's search_cells; [1] of zeros where unused.
+    key_cells, value_cells: int32 [cells, states], the encoders' search_cells; [1, 1] of zeros where unused.
     """
 
     rotation: torch.Tensor
@@ -326,7 +340,7 @@ def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables
     ]
     luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
     cells = [
-        search_cells(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, dtype=torch.int32)
+        search_cells(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 1, dtype=torch.int32)
         for vector in (fmt.key, fmt.value)
     ]
     rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim, dtype=torch.float32)

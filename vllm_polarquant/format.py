@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Changes whenever the same bytes would decode to other vectors. Part of every cache identity."""
 
 SEED = 42
@@ -35,12 +35,13 @@ RADIUS_MIN, RADIUS_MAX, RADIUS_POWER = 2.0**-13, 60000.0, 9
 """Radii outside [RADIUS_MIN, RADIUS_MAX] are stored as minus their ninth root: float16 then covers all
 of float32's range within 1 %, and the radii of real keys and values keep all their 11 bits."""
 
-SCALES: dict[float, tuple[float, ...]] = {2.0: (1.0, 0.92, 0.96, 1.04, 1.08)}
-"""Scales of the vector that the encoder tries, by bits; 1 alone elsewhere. At 2 bits the best of five
-lowers the distortion by 1 %, and the decoder does not care."""
+STATE_BITS = {4: 3, 5: 3, 6: 2, 7: 3, 8: 2}
+"""How many bits of the code before a point depends on, by the bits of a pair's code (codec.py). More bits lower
+the distortion and double the table that decoding reads: 2**(pair_bits + state_bits) points, of which a
+multiprocessor holds 1,024 (2,048 with other values than keys)."""
 
 CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
-"""The encoder's search looks up which codes to try (codec.search_cells): CELL_GRID**2 square cells around
+"""The encoders' kernels look up which points to try (codec.search_cells): CELL_GRID**2 square cells around
 the origin, CELLS_PER_UNIT to a unit of length, and as many FAR_CELL times as wide for what lies outside."""
 
 Kind = Literal["polar", "fp8", "raw"]
@@ -55,7 +56,7 @@ class UnsupportedFormat(ValueError):
 class VectorFormat:
     """How one vector (a key or a value of one head) is stored.
 
-    kind: ``polar`` (an angle code for each pair of coordinates j, j + d/2), ``fp8`` (e4m3 with the
+    kind: ``polar`` (a trellis code for each pair of coordinates j, j + d/2), ``fp8`` (e4m3 with the
         radius as scale) or ``raw`` (the model's own 16-bit floats; only tests use it).
     bits: stored bits a coordinate, the radius not counted.
     gain: what the radius makes of |x|, c being the cosine between x and its decoded direction.
@@ -75,6 +76,11 @@ class VectorFormat:
     def pair_bits(self) -> int:
         """Bits of the code of one pair of coordinates."""
         return int(2 * self.bits)
+
+    @property
+    def state_bits(self) -> int:
+        """Bits of the code before it that a pair's point depends on."""
+        return STATE_BITS[self.pair_bits]
 
     def code_bytes(self, head_dim: int) -> int:
         """Bytes of the codes of one vector; raises UnsupportedFormat where they do not come out whole."""
