@@ -18,8 +18,9 @@ import triton.language as tl
 
 from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels import tuning
-from vllm_polarquant.kernels.lane_page import load_part, radii, table_entries, unit
+from vllm_polarquant.kernels.lane_page import link, load_part, radii, unit
 from vllm_polarquant.kernels.lanes import (
+    DYNAMIC,
     exchange_bytes,
     fill_table,
     hadamard,
@@ -30,6 +31,7 @@ from vllm_polarquant.kernels.lanes import (
     pack_halves,
     quad_max,
     quad_sum,
+    reserve_dynamic,
     shuffle_from,
     sum_over_warps,
     unpack_halves,
@@ -41,6 +43,7 @@ from vllm_polarquant.kernels.page import (
     check_heads,
     check_int,
     page_constants,
+    table_entries,
 )
 from vllm_polarquant.kernels.rotate import rotate
 
@@ -48,6 +51,12 @@ MAX_QUERY_LEN = 16
 MAX_SPLITS = 64
 PROGRAMS = 264
 """Programs that run at once: two on each of the 132 multiprocessors of an H100 or H200."""
+
+_STATIC_TABLES = 40 << 10
+"""Bytes of tables that lie in static shared memory; of more, the keys' table goes to dynamic memory."""
+
+_ALL_COPIES = 160 << 10
+"""Shared memory of a multiprocessor from which on each lane has its own copy of a table; else two lanes share."""
 
 _SPLIT_COST = 0.04
 """What a program costs before and after its keys, as a share of a request of 8k tokens."""
@@ -73,6 +82,33 @@ def num_splits(num_reqs: int, num_kv_heads: int) -> int:
     programs run one after the other, so the best number fills whole rounds with few parts.
     """
     return _fewest_rounds(max(1, num_reqs * num_kv_heads), PROGRAMS)
+
+
+@triton.constexpr_function
+def table_places(key_code, value_code, copies):
+    """Where the tables lie in shared memory: first bytes of the keys' and the values', static and dynamic size.
+
+    Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory. Its
+    launcher asks the driver for more only where the dynamic part alone is more than that.
+    """
+    keys, values = (table_entries(code) * copies * 4 for code in (key_code, value_code))
+    if value_code == key_code:
+        values = 0
+    first = 0 if value_code == key_code else keys
+    if keys + values <= _STATIC_TABLES:
+        return 0, first, keys + values, 0
+    if keys + values <= 64 << 10:
+        return DYNAMIC.value, DYNAMIC.value + first, 0, 64 << 10
+    return DYNAMIC.value, 0, values, max(keys, 64 << 10)
+
+
+@cache
+def table_copies(device: torch.device) -> int:
+    """How often a table lies in shared memory: 32 times, once a lane, where there is room, or 16 times."""
+    if device.type != "cuda":
+        return 32
+    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return 32 if room >= _ALL_COPIES else 16
 
 
 @cache
@@ -189,8 +225,10 @@ def _attend(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEY_CODE: tl.constexpr,
+    KEY_FIRST: tl.constexpr,
     VALUE_CODE: tl.constexpr,
     VALUE_FIRST: tl.constexpr,
+    COPIES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Let a warp's queries see 16 more tokens.
@@ -208,9 +246,10 @@ def _attend(
         # Two sums: a product waits for the one before it.
         even = (zero, zero, zero, zero)
         odd = even
+        keys = link(fetched[3 * half], HEAD_DIM // 8, KEY_CODE, lane % 4 == 0, 1)
         for step in tl.static_range(HEAD_DIM // 16):
-            first = unit(fetched[3 * half], 2 * step, HEAD_DIM // 8, KEY_CODE, key_lut, 0, lane, DTYPE)
-            second = unit(fetched[3 * half], 2 * step + 1, HEAD_DIM // 8, KEY_CODE, key_lut, 0, lane, DTYPE)
+            first = unit(keys, 2 * step, HEAD_DIM // 8, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
+            second = unit(keys, 2 * step + 1, HEAD_DIM // 8, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
             if step % 2 == 0:
                 even = mma(even, query[4 * step : 4 * step + 4], (first, second), DTYPE)
             else:
@@ -258,6 +297,7 @@ def _attend(
         new_totals = new_totals + (total,)
         decays = decays + (shuffle_from(decay, lane % 4 * 8),)
 
+    PAIRS: tl.constexpr = HEAD_DIM // 16
     TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     new_outs = ()
     for i in tl.static_range(SETS * TILES):
@@ -268,13 +308,11 @@ def _attend(
         outs = new_outs
         new_outs = ()
         a = ()
+        evens = link(fetched[3 * half + 1], PAIRS, VALUE_CODE, lane < 4, 4)
+        odds = link(fetched[3 * half + 2], PAIRS, VALUE_CODE, lane < 4, 4)
         for i in tl.static_range(2 * TILES):
-            even = unit(
-                fetched[3 * half + 1], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE
-            )
-            odd = unit(
-                fetched[3 * half + 2], i, HEAD_DIM // 16, VALUE_CODE, value_lut, VALUE_FIRST, lane, DTYPE
-            )
+            even = unit(evens, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
+            odd = unit(odds, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
             if MASKED and VALUE_CODE == RAW:
                 # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
                 even = tl.where(token + 8 * half < limits[SETS], even, 0)
@@ -375,6 +413,7 @@ def _split_kernel(
     ROW_BLOCKS: tl.constexpr,
     SETS: tl.constexpr,
     WARPS: tl.constexpr,
+    COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -392,10 +431,11 @@ def _split_kernel(
     DTYPE: tl.constexpr = query.dtype.element_ty
     ROWS: tl.constexpr = 4 * SETS
     TILES: tl.constexpr = (HALF + 15) // 16
-    SAME: tl.constexpr = KEY_CODE == VALUE_CODE
-    KEY_ENTRIES: tl.constexpr = table_entries(KEY_CODE)
-    VALUE_ENTRIES: tl.constexpr = 0 if SAME else table_entries(VALUE_CODE)
-    VALUE_FIRST: tl.constexpr = 0 if SAME else KEY_ENTRIES
+    PLACES: tl.constexpr = table_places(KEY_CODE, VALUE_CODE, COPIES)
+    KEY_FIRST: tl.constexpr = PLACES[0]
+    VALUE_FIRST: tl.constexpr = PLACES[1]
+    STATIC_BYTES: tl.constexpr = PLACES[2]
+    DYNAMIC_BYTES: tl.constexpr = PLACES[3]
     request = tl.program_id(0) // ROW_BLOCKS
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -406,9 +446,11 @@ def _split_kernel(
     place = lane % 4
     # Values x, then values y, that a lane holds of a query's output, padded for the exchange.
     REGISTERS: tl.constexpr = HALF_PAD // 4 if HALF_PAD // 4 > WARPS else WARPS
-    TABLE: tl.constexpr = (KEY_ENTRIES + VALUE_ENTRIES) * 128
     EXCHANGE: tl.constexpr = exchange_bytes(REGISTERS, WARPS)
-    open_shared(thread, TABLE if TABLE > EXCHANGE else EXCHANGE)
+    # After the last look-up, warps exchange results where a table was.
+    EXCHANGE_FIRST: tl.constexpr = DYNAMIC if DYNAMIC_BYTES > 0 else 0
+    open_shared(thread, EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES)
+    reserve_dynamic(thread, DYNAMIC_BYTES, splits < 0, arrived)
 
     # A row is one query head of one of the request's queries.
     first_token = tl.load(query_start_loc + request)
@@ -435,8 +477,9 @@ def _split_kernel(
             tl.store(target[:, None] + dim[None, :], nothing, mask=kept)
         return
 
-    fill_table(thread, key_lut, 0, KEY_ENTRIES)
-    fill_table(thread, value_lut, VALUE_FIRST, VALUE_ENTRIES)
+    fill_table(thread, key_lut, KEY_FIRST, table_entries(KEY_CODE), COPIES)
+    if VALUE_CODE != KEY_CODE:
+        fill_table(thread, value_lut, VALUE_FIRST, table_entries(VALUE_CODE), COPIES)
 
     zero = tl.zeros([WARPS * 32], tl.float32)
     none = tl.zeros([WARPS * 32], tl.uint32)
@@ -498,7 +541,7 @@ def _split_kernel(
                 seen = seen + (tl.where(chunk < end, limits[k], 0),)
             state = _attend(
                 fetched, operands, state, seen, chunk * 16 + 2 * place, scale_log2, key_lut, value_lut,
-                lane, SETS, MASKED, HEAD_DIM, KEY_CODE, VALUE_CODE, VALUE_FIRST, DTYPE,
+                lane, SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
             )  # fmt: skip
             fetched = coming
             chunk += WARPS
@@ -508,8 +551,8 @@ def _split_kernel(
     for k in tl.static_range(SETS):
         # The warps have seen different tokens: one log-sum-exp over them, as over the splits below.
         total = quad_sum(totals[k])
-        warp_peaks = of_all_warps(peaks[k], thread)
-        warp_totals = of_all_warps(total, thread)
+        warp_peaks = of_all_warps(peaks[k], thread, EXCHANGE_FIRST)
+        warp_totals = of_all_warps(total, thread, EXCHANGE_FIRST)
         peak = warp_peaks[0]
         for i in tl.static_range(1, WARPS):
             peak = tl.maximum(peak, warp_peaks[i])
@@ -523,23 +566,23 @@ def _split_kernel(
         share = shuffle_from(share, place * 8)
         xs = ()
         ys = ()
-        for i in tl.static_range(REGISTERS // 4):
-            if i < TILES:
-                o = outs[k * TILES + i]
-                xs = xs + (o[0] * share, o[2] * share)
-                ys = ys + (o[1] * share, o[3] * share)
-            else:
-                xs = xs + (zero, zero)
-                ys = ys + (zero, zero)
-        values = xs + ys
+        for i in tl.static_range(TILES):
+            o = outs[k * TILES + i]
+            xs = xs + (o[0] * share, o[2] * share)
+            ys = ys + (o[1] * share, o[3] * share)
         if ROTATE:
-            values = hadamard(values, lane, 4, 16)
+            values = hadamard(xs + ys, lane, 4, 16)
             factors = _rotation_signs(rotation, group * PAIRS, PAIRS, HEAD_DIM)
-            turned = ()
-            for i in tl.static_range(2 * PAIRS):
-                turned = turned + (values[i] * factors[i],)
-            values = turned
-        sums = sum_over_warps(values, thread)
+            xs = ()
+            ys = ()
+            for i in tl.static_range(PAIRS):
+                xs = xs + (values[i] * factors[i],)
+                ys = ys + (values[PAIRS + i] * factors[PAIRS + i],)
+        padding = ()
+        for _ in tl.static_range(REGISTERS // 2 - 2 * TILES):
+            padding = padding + (zero,)
+        values = xs + padding + ys + padding
+        sums = sum_over_warps(values, thread, EXCHANGE_FIRST)
 
         own = first_row + 4 * k + place
         own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
@@ -704,8 +747,11 @@ def decode_attention(
         ROW_BLOCKS=row_blocks,
         SETS=sets,
         WARPS=config["num_warps"],
+        COPIES=table_copies(query.device),
         ROTATE=fmt.key.rotated and fused,
         num_warps=config["num_warps"],
+        # Two programs share a multiprocessor's 65,536 registers where that costs no spills in the loop.
+        maxnreg=128 if sets == 1 and head_dim <= 128 else None,
         **page_constants(fmt),
     )
     if apart:

@@ -7,16 +7,19 @@ import math
 import triton
 import triton.language as tl
 
-from vllm_polarquant.kernels.lanes import dtypes, load_words, look_up, pack_halves, unpack_halves
-from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius
+from vllm_polarquant.kernels.lanes import (
+    dtypes,
+    entry_place,
+    funnel,
+    load_words,
+    look_up,
+    pack_halves,
+    shuffle_up,
+    unpack_halves,
+)
+from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius, state_bits
 
 _INTERPRET = tl.constexpr(INTERPRET)
-
-
-@triton.constexpr_function
-def table_entries(code):
-    """Entries of a vector's shared table; 0 for the kinds that need none."""
-    return 0 if code in (FP8.value, RAW.value) else 1 << code
 
 
 @triton.constexpr_function
@@ -41,18 +44,16 @@ def _load_bits(rows, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
     if GRAIN == 32:
         return load_words(rows + part * (BITS // 8), COUNT, _gcd(BITS // 8, ROW_BYTES, 16))
     else:
-        address = rows.to(tl.int64)
-        bit = ((address & 3) * 8).to(tl.int32) + part * BITS
-        first = rows - (address & 3) + bit // 32 * 4
-        raw = load_words(first, (BITS + 63 - GRAIN) // 32, 4)
+        bit = part * BITS
+        if ROW_BYTES % 4 != 0:
+            odd = rows.to(tl.int64) & 3
+            rows -= odd
+            bit += (odd * 8).to(tl.int32)
+        raw = load_words(rows + bit // 32 * 4, (BITS + 63 - GRAIN) // 32, 4)
         shift = (bit % 32).to(tl.uint32)
         words = ()
         for i in tl.static_range(COUNT):
-            if i + 1 < len(raw):
-                # Two steps, as a shift by 32 is no shift.
-                words = words + ((raw[i] >> shift) | ((raw[i + 1] << 1) << (31 - shift)),)
-            else:
-                words = words + (raw[i] >> shift,)
+            words = words + (funnel(raw[i], raw[i + 1], shift) if i + 1 < len(raw) else raw[i] >> shift,)
         return words
 
 
@@ -68,6 +69,26 @@ def load_part(rows, part, PAIRS: tl.constexpr, CODE: tl.constexpr, ROW_BYTES: tl
         return _load_bits(rows, part, BITS, ROW_BYTES // 2) + _load_bits(second, part, BITS, ROW_BYTES // 2)
     else:
         return _load_bits(rows, part, BITS, ROW_BYTES)
+
+
+@triton.jit
+def link(words, PAIRS: tl.constexpr, CODE: tl.constexpr, first, DELTA: tl.constexpr):
+    """The words of `load_part` as `unit` takes them: polar codes behind a word of the codes before them.
+
+    The part before lies DELTA lanes before; where `first`, there is none, and the codes are 0.
+    """
+    if CODE == FP8 or CODE == RAW:
+        return words
+    else:
+        BITS: tl.constexpr = _part_bits(CODE, PAIRS)
+        LAST: tl.constexpr = (BITS - 1) // 32
+        USED: tl.constexpr = (BITS - 1) % 32 + 1
+        last = words[LAST]
+        if USED < 32:
+            last = last << (32 - USED)
+        if USED < state_bits(CODE):
+            last = last | (words[LAST - 1] >> USED)
+        return (tl.where(first, 0, shuffle_up(last, DELTA)),) + words
 
 
 @triton.jit
@@ -92,12 +113,13 @@ def unit(
     CODE: tl.constexpr,
     lut,
     FIRST: tl.constexpr,
+    COPIES: tl.constexpr,
     lane,
     DTYPE: tl.constexpr,
 ):
     """Pair PAIR of a part before radius and rotation: uint32, x in the low half and y in the high one.
 
-    words: of `load_part`, with PAIRS pairs. lut, FIRST: as in `lanes.look_up`. 0 where PAIR >= PAIRS.
+    words: of `link`, with PAIRS pairs. lut, FIRST, COPIES: as in `lanes.look_up`. 0 where PAIR >= PAIRS.
     """
     if PAIR >= PAIRS:
         return tl.zeros(lane.shape, tl.uint32)
@@ -115,7 +137,9 @@ def unit(
         y = _field(words[HALVES:], 16 * PAIR, 16, 0)
         return x | (y << 16)
     else:
-        return look_up(lut, FIRST, _field(words, CODE * PAIR, CODE, 7), lane)
+        STATES: tl.constexpr = state_bits(CODE)
+        window = _field(words, 32 + CODE * PAIR - STATES, CODE + STATES, entry_place(COPIES))
+        return look_up(lut, FIRST, COPIES, window, lane)
 
 
 @triton.jit

@@ -22,16 +22,22 @@ _INTERPRET = tl.constexpr(INTERPRET)
 SHARED_BYTES = tl.constexpr(48 << 10)
 """Static shared memory that a kernel may have."""
 
+DYNAMIC = tl.constexpr(1 << 20)
+"""Where dynamic shared memory starts; places below are bytes of static memory."""
+
 
 @triton.constexpr_function
 def _load_asm(count, vector):
-    """PTX that loads `count` words from [$count] on, `vector` at a time, past L1."""
+    """PTX that loads `count` words from [$count] on, `vector` at a time.
+
+    Loads of one warp share sectors. L1 has little room left beside tables, but should keep those.
+    """
     lines = []
     for first in range(0, count, vector):
         outputs = ", ".join(f"${first + i}" for i in range(vector))
         width = f".v{vector}" if vector > 1 else ""
         operand = f"{{{outputs}}}" if vector > 1 else outputs
-        lines.append(f"ld.global.nc.L1::no_allocate{width}.b32 {operand}, [${count} + {4 * first}];")
+        lines.append(f"ld.global.nc.L1::evict_last{width}.b32 {operand}, [${count} + {4 * first}];")
     return "\n".join(lines)
 
 
@@ -94,6 +100,19 @@ def _shuffle_asm(mode, operand):
 
 
 @triton.jit
+def shuffle_up(x, DELTA: tl.constexpr):
+    """x, uint32, of the lane DELTA before; the lane's own in a warp's first DELTA lanes."""
+    if _INTERPRET:
+        thread = tl.arange(0, x.shape[0])
+        return tl.gather(x, tl.where(thread % 32 >= DELTA, thread - DELTA, thread), 0)
+    else:
+        return tl.inline_asm_elementwise(
+            f"shfl.sync.up.b32 $0, $1, {DELTA}, 0, 0xffffffff;",
+            "=r,r", [x], dtype=tl.uint32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def shuffle_from(x, lane):
     """x, float32, of the given lane, int32, of each thread's warp."""
     if _INTERPRET:
@@ -141,6 +160,18 @@ def hadamard(values, lane, FIRST_MASK: tl.constexpr, LAST_MASK: tl.constexpr):
                 mixed = mixed + (values[i] * sign + shuffle_xor(values[i], 1 << stage),)
             values = mixed
     return values
+
+
+@triton.jit
+def funnel(low, high, shift):
+    """32 bits, from bit `shift` (0 to 31) on, of two words, uint32."""
+    if _INTERPRET:
+        return (low >> shift) | ((high << 1) << (31 - shift))
+    else:
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -247,33 +278,57 @@ def _open_asm(size):
 
 
 @triton.constexpr_function
-def _at(instruction):
-    """PTX of an instruction on shared memory; `[at` in it stands for $1 bytes into the kernel's."""
-    return f"{{.reg .b32 at;\nmov.u32 at, lane_table;\nadd.u32 at, at, $1;\n{instruction}}}"
+def _at(instruction, first=0):
+    """PTX of an instruction on shared memory; `[at]` in it stands for $1 bytes after `first`."""
+    memory, offset = ("global_smem", first - DYNAMIC.value) if first >= DYNAMIC.value else ("lane_table", first)
+    instruction = instruction.replace("[at]", f"[at + {offset}]")
+    return f"{{.reg .b32 at;\nmov.u32 at, {memory};\nadd.u32 at, at, $1;\n{instruction}}}"
 
 
 @triton.jit
 def open_shared(threads, BYTES: tl.constexpr):
-    """Static shared memory, for the table and, after it, for exchanges between warps; once a kernel."""
-    if not _INTERPRET:
+    """Static shared memory, for tables and for exchanges between warps; once a kernel."""
+    if BYTES > 0 and not _INTERPRET:
         tl.static_assert(BYTES <= SHARED_BYTES)
         tl.inline_asm_elementwise(_open_asm(BYTES), "=r,r", [threads], dtype=tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
-def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Copy COUNT words from global memory to the table's entries from FIRST on, for every lane.
+def reserve_dynamic(threads, BYTES: tl.constexpr, never, nowhere):
+    """Dynamic shared memory of BYTES, a power of two, for a table.
 
-    Eight threads write an entry, 16 bytes each. A tl.debug_barrier() must follow before a look_up.
+    Triton asks for as much as its own operations need, and this one, where `never` is false, needs it
+    without being run. What Triton then does in it must come after the table's last use and a barrier.
+    nowhere: a pointer to int32.
+    """
+    if BYTES > 0 and not _INTERPRET:
+        if never:
+            tl.store(nowhere + threads, tl.gather(tl.arange(0, BYTES // 4), threads, 0))
+
+
+@triton.constexpr_function
+def entry_place(copies):
+    """The bit that a table's index starts from in the `field` of `look_up`."""
+    return (4 * copies).bit_length() - 1
+
+
+@triton.jit
+def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr, COPIES: tl.constexpr):
+    """Copy COUNT words from global memory to a table, each COPIES times in a row.
+
+    FIRST: a place in shared memory. With 32 copies every lane of a warp reads a bank of its own; with 16,
+    two share one. A tl.debug_barrier() must follow before a look_up.
     """
     if not _INTERPRET:
         THREADS: tl.constexpr = threads.shape[0]
-        for start in tl.static_range(0, COUNT * 8, THREADS):
-            entry = (start + threads) // 8
-            word = tl.load(words + tl.minimum(entry, COUNT - 1))
-            address = (FIRST + tl.minimum(entry, COUNT - 1)) * 128 + threads % 8 * 16
+        # Threads write 16 bytes each.
+        PARTS: tl.constexpr = COPIES // 4
+        for start in tl.static_range(0, COUNT * PARTS, THREADS):
+            entry = tl.minimum((start + threads) // PARTS, COUNT - 1)
+            word = tl.load(words + entry)
+            address = entry * (4 * COPIES) + threads % PARTS * 16
             tl.inline_asm_elementwise(
-                _at("st.shared.v4.b32 [at], {$2, $2, $2, $2};\nmov.u32 $0, 0;"),
+                _at("st.shared.v4.b32 [at], {$2, $2, $2, $2};\nmov.u32 $0, 0;", FIRST),
                 "=r,r,r",
                 [address, word],
                 dtype=tl.uint32,
@@ -283,24 +338,25 @@ def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def look_up(words, FIRST: tl.constexpr, field, lane):
-    """Entry field / 128 of those that fill_table(_, words, FIRST, _) wrote, as uint32.
+def look_up(words, FIRST: tl.constexpr, COPIES: tl.constexpr, field, lane):
+    """An entry of the table that fill_table(_, words, FIRST, _, COPIES) wrote, as uint32.
 
-    field: uint32, the index times 128, which bits of a code need one shift and one mask to become.
+    field: uint32, the index times 4 * COPIES, which bits of codes need one shift and one mask to become.
     """
     if _INTERPRET:
-        return tl.load(words + (field >> 7).to(tl.int32)).to(tl.uint32, bitcast=True)
+        return tl.load(words + (field >> entry_place(COPIES)).to(tl.int32)).to(tl.uint32, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
-            _at(f"ld.shared.b32 $0, [at + {FIRST * 128}];"), "=r,r", [field | (lane * 4).to(tl.uint32)],
+            _at("ld.shared.b32 $0, [at];", FIRST), "=r,r",
+            [field | (lane % COPIES * 4).to(tl.uint32)],
             dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
-def _put(address, value):
+def _put(address, value, FIRST: tl.constexpr):
     tl.inline_asm_elementwise(
-        _at("st.shared.f32 [at], $2;\nmov.u32 $0, 0;"),
+        _at("st.shared.f32 [at], $2;\nmov.u32 $0, 0;", FIRST),
         "=r,r,f",
         [address, value],
         dtype=tl.uint32,
@@ -310,9 +366,9 @@ def _put(address, value):
 
 
 @triton.jit
-def _get(address):
+def _get(address, FIRST: tl.constexpr):
     return tl.inline_asm_elementwise(
-        _at("ld.shared.f32 $0, [at];"),
+        _at("ld.shared.f32 $0, [at];", FIRST),
         "=f,r",
         [address],
         dtype=tl.float32,
@@ -322,8 +378,8 @@ def _get(address):
 
 
 @triton.jit
-def of_all_warps(x, thread):
-    """x, float32, of the same lane of each warp, as a tuple; shared memory must be free."""
+def of_all_warps(x, thread, FIRST: tl.constexpr):
+    """x, float32, of the same lane of each warp, as a tuple; shared memory from FIRST on must be free."""
     WARPS: tl.constexpr = thread.shape[0] // 32
     values = ()
     if _INTERPRET:
@@ -334,16 +390,16 @@ def of_all_warps(x, thread):
             values = values + (tl.reshape(tl.broadcast_to(own[None, :], [WARPS, 32]), [WARPS * 32]),)
     else:
         tl.debug_barrier()
-        _put(thread * 4, x)
+        _put(thread * 4, x, FIRST)
         tl.debug_barrier()
         for i in tl.static_range(WARPS):
-            values = values + (_get(i * 128 + thread % 32 * 4),)
+            values = values + (_get(i * 128 + thread % 32 * 4, FIRST),)
     return values
 
 
 @triton.jit
-def sum_over_warps(values, thread):
-    """The sums over warps of a tuple of float32, of the same lanes; shared memory must be free.
+def sum_over_warps(values, thread, FIRST: tl.constexpr):
+    """The sums over warps of a tuple of float32, of the same lanes; shared memory from FIRST on must be free.
 
     Register i of thread (warp, lane) of the result, a tuple, is the sum of value i * warps + warp.
     """
@@ -363,13 +419,13 @@ def sum_over_warps(values, thread):
     else:
         tl.debug_barrier()
         for i in tl.static_range(COUNT):
-            _put(i * (WARPS * 128) + thread * 4, values[i])
+            _put(i * (WARPS * 128) + thread * 4, values[i], FIRST)
         tl.debug_barrier()
         sums = ()
         for i in tl.static_range(COUNT // WARPS):
             place = (i * WARPS + warp) * (WARPS * 128) + thread % 32 * 4
-            register = _get(place)
+            register = _get(place, FIRST)
             for w in tl.static_range(1, WARPS):
-                register += _get(place + w * 128)
+                register += _get(place + w * 128, FIRST)
             sums = sums + (register,)
     return sums

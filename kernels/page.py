@@ -12,7 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_polarquant.format import RADIUS_POWER, PolarFormat, VectorFormat, dense_block_stride
+from vllm_polarquant.format import (
+    RADIUS_POWER,
+    STATE_BITS,
+    PolarFormat,
+    VectorFormat,
+    dense_block_stride,
+)
 
 # decode_radius spells this power out.
 assert RADIUS_POWER == 9
@@ -140,56 +146,46 @@ def _load(pointers, inside, WHOLE: tl.constexpr):
         return tl.load(pointers, mask=inside, other=0)
 
 
-@triton.jit
-def _load_six_bit_codes(rows, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """As _load_codes for rows of whole 32-bit words.
+@triton.constexpr_function
+def state_bits(code):
+    """Bits of the code before it that a pair's point depends on, by the width of the codes."""
+    return STATE_BITS[code]
 
-    A code may straddle two words, never one of the windows of 32 bits that start at every 16th.
-    """
-    ROWS: tl.constexpr = rows.shape[0]
-    WORDS: tl.constexpr = HALF * 6 // 32
-    WORDS_PAD: tl.constexpr = HALF_PAD // 4
-    word = tl.arange(0, WORDS_PAD)
-    pointers = rows.to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
-    here = tl.load(pointers, mask=(word < WORDS)[None, :], other=0)
-    after = tl.load(pointers + 1, mask=(word + 1 < WORDS)[None, :], other=0)
-    windows = tl.reshape(tl.join(here, (here >> 16) | (after << 16)), [ROWS * WORDS_PAD * 2])
-    flat = tl.arange(0, ROWS * HALF_PAD)
-    bit = flat % HALF_PAD * 6
-    # Codes past HALF read some window of their row.
-    window = tl.minimum(bit // 16, WORDS_PAD * 2 - 1) + flat // HALF_PAD * (WORDS_PAD * 2)
-    codes = (tl.gather(windows, window, 0) >> (bit % 16).to(tl.uint32)) & 63
-    return tl.reshape(codes.to(tl.int32), [ROWS, HALF_PAD])
+
+@triton.constexpr_function
+def table_entries(code):
+    """Points of a vector's table; 0 for the kinds that have none."""
+    return 0 if code in (FP8.value, RAW.value) else 1 << (code + STATE_BITS[code])
+
+
+@triton.constexpr_function
+def _window_bytes(code):
+    """Bytes that a window of a code and its state may touch, wherever it starts."""
+    width = code + STATE_BITS[code]
+    return max((code * pair - STATE_BITS[code]) % 8 + width + 7 for pair in range(8)) // 8
 
 
 @triton.jit
-def _load_codes(rows, WIDTH: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    """Codes int32 [rows, HALF_PAD] of a little-endian bit stream; code 0 past HALF."""
-    if WIDTH == 6 and HALF % 16 == 0:
-        return _load_six_bit_codes(rows, HALF, HALF_PAD)
-    # A group is the fewest codes that fill whole bytes.
-    GROUP: tl.constexpr = 1 if WIDTH == 8 else (2 if WIDTH == 4 else (4 if WIDTH == 6 else 8))
-    GROUP_BYTES: tl.constexpr = GROUP * WIDTH // 8
-    group = tl.arange(0, HALF_PAD // GROUP)
-    inside = (group < HALF // GROUP)[None, :]
-    pointers = rows[:, None] + group[None, :] * GROUP_BYTES
-    if GROUP == 1:
-        codes = _load(pointers, inside, HALF == HALF_PAD).to(tl.int32)
-    else:
-        word = _load(pointers, inside, HALF == HALF_PAD).to(tl.int64 if GROUP == 8 else tl.int32)
-        for i in tl.static_range(1, GROUP_BYTES):
-            word |= _load(pointers + i, inside, HALF == HALF_PAD).to(word.dtype) << (8 * i)
-        shifts = (tl.arange(0, GROUP) * WIDTH).to(word.dtype)
-        codes = (word[:, :, None] >> shifts[None, None, :]).to(tl.int32) & ((1 << WIDTH) - 1)
-        codes = tl.reshape(codes, [rows.shape[0], HALF_PAD])
-    return codes
+def _load_windows(rows, CODE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    """Each pair's place in its table, int32 [rows, HALF_PAD], off a little-endian bit stream; 0 past HALF."""
+    STATES: tl.constexpr = state_bits(CODE)
+    pair = tl.arange(0, HALF_PAD)
+    bit = pair * CODE - STATES
+    byte = bit >> 3
+    word = tl.zeros([rows.shape[0], HALF_PAD], tl.int32)
+    for i in tl.static_range(_window_bytes(CODE)):
+        inside = (byte + i >= 0) & (byte + i < HALF * CODE // 8)
+        part = tl.load(rows[:, None] + (byte + i)[None, :], mask=inside[None, :], other=0)
+        word |= part.to(tl.int32) << (8 * i)
+    window = (word >> (bit & 7)[None, :]) & ((1 << (CODE + STATES)) - 1)
+    return tl.where((pair < HALF)[None, :], window, 0)
 
 
 @triton.jit
-def load_lut(lut, CODE: tl.constexpr, COPIES: tl.constexpr):
-    """A vector's table as the registers that load_unit takes: each point COPIES times in a row."""
+def load_lut(lut, CODE: tl.constexpr):
+    """A vector's table as the registers that load_unit takes."""
     if CODE != RAW and CODE != FP8:
-        return tl.load(lut + tl.arange(0, (1 << CODE) * COPIES) // COPIES)
+        return tl.load(lut + tl.arange(0, table_entries(CODE)))
     else:
         return tl.zeros([1], tl.int32)
 
@@ -200,7 +196,6 @@ def load_unit(
     valid,
     lut,
     CODE: tl.constexpr,
-    COPIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -213,14 +208,9 @@ def load_unit(
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if CODE != RAW and CODE != FP8:
-        codes = _load_codes(rows, CODE, HALF, HALF_PAD)
-        # A lookup in shared memory takes two instructions, one in global memory five or more. A
-        # thread loads 16 codes at a time: with copies, neighbours read from different banks.
-        flat = tl.reshape(codes, [codes.shape[0] * HALF_PAD])
-        if COPIES > 1:
-            lane = tl.arange(0, codes.shape[0] * HALF_PAD) // 16
-            flat = flat * COPIES + lane % COPIES
-        point = tl.reshape(tl.gather(lut, flat, 0), [codes.shape[0], HALF_PAD])
+        # A lookup in shared memory takes two instructions, one in global memory five or more.
+        flat = tl.reshape(_load_windows(rows, CODE, HALF, HALF_PAD), [rows.shape[0] * HALF_PAD])
+        point = tl.reshape(tl.gather(lut, flat, 0), [rows.shape[0], HALF_PAD])
         x = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         y = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:

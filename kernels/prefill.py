@@ -48,7 +48,6 @@ def _gather_kernel(
     value_stride_token,
     value_stride_head,
     BLOCK_N: tl.constexpr,
-    LUT_COPIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -79,22 +78,19 @@ def _gather_kernel(
     pair = tl.arange(0, HALF_PAD)
     inside = valid[:, None] & (pair < HALF)[None, :]
 
-    key_points = load_lut(key_lut, KEY_CODE, LUT_COPIES)
-    x, y = load_unit(
-        page + slot * KEY_BYTES, valid, key_points, KEY_CODE, LUT_COPIES, HEAD_DIM, HALF_PAD, DTYPE
-    )
+    key_points = load_lut(key_lut, KEY_CODE)
+    x, y = load_unit(page + slot * KEY_BYTES, valid, key_points, KEY_CODE, HEAD_DIM, HALF_PAD, DTYPE)
     radius = load_radius(page, slot, valid, KEY_RADIUS_OFFSET)[:, None]
     target = key_out + (row * key_stride_token + head * key_stride_head)[:, None] + pair[None, :]
     tl.store(target, (x.to(tl.float32) * radius).to(DTYPE), mask=inside)
     tl.store(target + HALF, (y.to(tl.float32) * radius).to(DTYPE), mask=inside)
 
-    value_points = load_lut(value_lut, VALUE_CODE, LUT_COPIES)
+    value_points = load_lut(value_lut, VALUE_CODE)
     x, y = load_unit(
         page + VALUE_OFFSET + slot * VALUE_BYTES,
         valid,
         value_points,
         VALUE_CODE,
-        LUT_COPIES,
         HEAD_DIM,
         HALF_PAD,
         DTYPE,
@@ -170,7 +166,6 @@ def gather_prefix(
         value_out.stride(0),
         value_out.stride(1),
         BLOCK_N=config["block_n"],
-        LUT_COPIES=config["lut_copies"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **page_constants(fmt),

@@ -17,7 +17,6 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
-    SCALES,
     PolarFormat,
     VectorFormat,
 )
@@ -35,6 +34,7 @@ from vllm_polarquant.kernels.page import (
     page_constants,
 )
 
+SCALES: dict = {}
 MANY_VECTORS = 1 << 12
 """From as many vectors on, programs take more of them."""
 

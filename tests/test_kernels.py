@@ -24,19 +24,15 @@ from kernel_cases import (
 
 from vllm_polarquant import reference
 from vllm_polarquant.codec import (
-    codebook,
     decode_radius,
     decode_unit,
     encode_radius,
     rotation,
-    search_cells,
     tables,
 )
 from vllm_polarquant.format import (
-    BITS,
     HEAD_DIMS,
     LOSSLESS,
-    SCALES,
     PolarFormat,
     VectorFormat,
 )
@@ -227,33 +223,6 @@ def test_store_of_extreme_vectors(preset, device):
     store_kv(x[4:], x[4:], have, slots[4:], fmt, constants)
     reference.store_kv(x[4:], x[4:], want, slots[4:], fmt)
     check_store(x[4:], x[4:], have, want, slots[4:], fmt)
-
-
-@triton.jit
-def cell_kernel(points, out, N: tl.constexpr):
-    index = tl.arange(0, N)
-    tl.store(out + index, store._cell(tl.load(points + 2 * index), tl.load(points + 2 * index + 1)))
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_a_cell_lists_the_nearest_code(bits, device):
-    """Within a Gaussian's reach, past the small cells and as far out as head_dim 256 can go."""
-    points = codebook(int(2 * bits)).double().to(device)
-    half_norm = points.square().sum(-1) / 2
-    cells = search_cells(int(2 * bits)).to(device)
-    size = 1 << 16
-    near = torch.randn(size, 2, device=device)
-    wide, far = (torch.rand(size, 2, device=device) * 2 * r - r for r in (5.0, 16.0))
-    edges = (near * store.CELLS_PER_UNIT).round() / store.CELLS_PER_UNIT
-    for pairs in (near, wide, far, edges, edges + 0.5 / store.CELLS_PER_UNIT):
-        cell = torch.empty(size, dtype=torch.int32, device=device)
-        cell_kernel[(1,)](pairs, cell, size)
-        shifts = torch.arange(0, 32, 8, device=device)
-        candidates = cells[cell.long()].long()[:, None] >> shifts & 0xFF
-        assert (candidates.diff(dim=-1) >= 0).all(), "the first of equally near codes must win"
-        for scale in SCALES.get(bits, (1.0,)):
-            scores = pairs.double() * scale @ points.T - half_norm
-            assert (scores.gather(1, candidates).amax(-1) >= scores.amax(-1) - 1e-9).all()
 
 
 @triton.jit
