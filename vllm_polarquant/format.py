@@ -105,7 +105,9 @@ PRESETS: dict[str, tuple[VectorFormat, VectorFormat]] = {
     "polarquant_k4v8": (_polar(4), _FP8),
     "polarquant_k4v4": (_polar(4), _polar(4)),
     "polarquant_k4v3": (_polar(4), _polar(3)),
+    "polarquant_k3.5v3.5": (_polar(3.5), _polar(3.5)),
     "polarquant_k3v3": (_polar(3), _polar(3)),
+    "polarquant_k2.5v2.5": (_polar(2.5), _polar(2.5, "unbiased")),
     "polarquant_k3v2": (_polar(3), _polar(2, "unbiased")),
     "polarquant_k2v2": (_polar(2), _polar(2, "unbiased")),
 }
