@@ -3,8 +3,8 @@
     python -m vllm_polarquant.codebook > vllm_polarquant/codebook.json
 
 A window (n, middle, s) of a trellis, s being the state it starts from and n the one it leads to, names a point.
-The points start as a square lattice, cut into its 4 x 4 (8 x 8 for eight states) coarser ones: each pair (s, n)
-gets one of them, so that its parallel branches lie far apart, and those that leave a state make a lattice too,
+The points start as a square lattice, cut into 2 x 2, 4 x 4 or 8 x 8 coarser ones: each pair (s, n) gets one of
+them, so that its parallel branches lie far apart, and those that leave a state make a lattice too,
 as do those that enter one (set partitioning, Ungerboeck, IEEE Trans. Inf. Theory 28, 1982). The disc of the
 lattice is stretched so that its points get the density of a Gaussian, narrower than the source's, as a trellis
 rarely takes what lies far out.
@@ -43,7 +43,9 @@ def lattice(pair_bits: int) -> np.ndarray:
     length = np.hypot(place[:, 0], place[:, 1])
     order = np.argsort(length, kind="stable")
     i0, i1, i2, j0, j1, j2 = (axis >> bit & 1 for axis in (i, j) for bit in range(3))
-    if states == 2:
+    if states == 1:
+        start, end = i0 ^ j0, i0
+    elif states == 2:
         start, end = 2 * i0 + j0, 2 * (i1 ^ j1 ^ j0) + (j1 ^ i0)
     else:
         mixed = i0 ^ j0 ^ i1

@@ -289,27 +289,33 @@ class PolarQuant:
         return self.bits + 8 * RADIUS_BYTES / self.d
 
 
+def cell_candidates(pair_bits: int) -> int:
+    """How many points of each set of parallel branches search_cells names: many make for small cells."""
+    return 2 if pair_bits - STATE_BITS[pair_bits] > 6 else 1
+
+
 @cache
 def search_cells(pair_bits: int) -> torch.Tensor:
-    """Which of a trellis's parallel branches to take, by cell of the plane: int32 [2 * CELL_GRID**2, 2**b].
+    """Which of a trellis's parallel branches to try, by cell of the plane: int32 [2 * CELL_GRID**2, 2**b].
 
     Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
-    cells is first. Entry s of a cell's column n, w - b bits wide and as many times s bits up, is the middle of the
-    window (n, middle, s) whose point is nearest to the cell's centre. Near a border between two points a cell
-    may name the farther one: the codes that a search over cells finds are up to 1 % worse than those of
-    `viterbi`.
+    cells is first. Field s of a cell's column n holds cell_candidates(w) numbers of w - b bits: the middles of the
+    windows (n, middle, s) whose points are nearest to the cell's centre, the nearest one lowest. Near a border
+    between two points a cell may name the farther one: the codes that a search over cells finds are up to 1 % worse
+    than those of `viterbi`.
     """
-    states = STATE_BITS[pair_bits]
+    states, candidates = STATE_BITS[pair_bits], cell_candidates(pair_bits)
     points = codebook(pair_bits).double()
     line = torch.arange(CELL_GRID, dtype=torch.float64) - CELL_GRID // 2
     y, x = torch.meshgrid(line, line, indexing="ij")
     centre = torch.stack([x, y], -1).view(-1, 2)
     centre = torch.cat([centre / CELLS_PER_UNIT, centre * (FAR_CELL / CELLS_PER_UNIT)])
     gain = centre @ points.T - points.square().sum(-1) / 2
-    middle = gain.unflatten(-1, (1 << states, -1, 1 << states)).argmax(2)
-    shifts = torch.arange(1 << states) * (pair_bits - states)
+    middle = gain.unflatten(-1, (1 << states, -1, 1 << states)).topk(candidates, dim=2).indices
+    width = pair_bits - states
+    shifts = torch.arange(1 << states) * candidates + torch.arange(candidates)[:, None]
     # Through uint32, as the highest bit may be set.
-    return (middle << shifts).sum(-1).to(torch.uint32).view(torch.int32)
+    return (middle << (shifts * width)).sum((-1, -2)).to(torch.uint32).view(torch.int32)
 
 
 class Tables(NamedTuple):

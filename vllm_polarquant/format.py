@@ -35,10 +35,10 @@ RADIUS_MIN, RADIUS_MAX, RADIUS_POWER = 2.0**-13, 60000.0, 9
 """Radii outside [RADIUS_MIN, RADIUS_MAX] are stored as minus their ninth root: float16 then covers all
 of float32's range within 1 %, and the radii of real keys and values keep all their 11 bits."""
 
-STATE_BITS = {4: 3, 5: 3, 6: 2, 7: 3, 8: 2}
+STATE_BITS = {4: 3, 5: 3, 6: 2, 7: 2, 8: 1}
 """How many bits of the code before a point depends on, by the bits of a pair's code (codec.py). More bits lower
-the distortion and double the table that decoding reads: 2**(pair_bits + state_bits) points, of which a
-multiprocessor holds 1,024 (2,048 with other values than keys)."""
+the distortion, and each doubles the table of 2**(pair_bits + state_bits) points that decoding reads: up to 512
+points a multiprocessor still runs two programs at a time, which short contexts need (docs/kernels.md)."""
 
 CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
 """The encoders' kernels look up which points to try (codec.search_cells): CELL_GRID**2 square cells around
