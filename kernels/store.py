@@ -1,4 +1,8 @@
-"""Encode new keys and values into their slots: rotate, search, pack, all in one launch."""
+"""Encode new keys and values into their slots: rotate, search, pack, all in one launch.
+
+The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best path
+that leads there and, as bits, the path's last states.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_polarquant.codec import cell_candidates
 from vllm_polarquant.format import (
     CELL_GRID,
     CELLS_PER_UNIT,
@@ -17,8 +22,8 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
+    STATE_BITS,
     PolarFormat,
-    VectorFormat,
 )
 from vllm_polarquant.kernels import tuning
 from vllm_polarquant.kernels.page import (
@@ -34,7 +39,6 @@ from vllm_polarquant.kernels.page import (
     page_constants,
 )
 
-SCALES: dict = {}
 MANY_VECTORS = 1 << 12
 """From as many vectors on, programs take more of them."""
 
@@ -52,6 +56,14 @@ _FAR_PER_UNIT = tl.constexpr(CELLS_PER_UNIT / FAR_CELL)
 _NEAR_EXTENT = tl.constexpr((CELL_GRID - 1) / (2 * CELLS_PER_UNIT))
 # Added to a small float, 1.5 * 2**23 leaves the number, rounded, in the low bits.
 _ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
+# The same for costs, as integers of 2**-14: below 256, as a point is at most 6 and a pair 16 long.
+_COST_ROUNDER = tl.constexpr(1.5 * 2.0**9)
+_COST_ROUNDER_BITS = tl.constexpr(0x44400000)
+# More than any path's cost, which 2**-14 and a state number below it make at most 2**26: a path costs half its
+# squared distance less half the squared length, which is head_dim.
+_UNREACHED = tl.constexpr(1 << 28)
+_WINDOW = tl.constexpr(8)
+"""Pairs whose states a lane keeps in one word. It divides every head_dim / 2, and nine states have 27 bits."""
 
 
 class EncoderTables(Protocol):
@@ -115,23 +127,152 @@ def _look_up(table, index):
 
 
 @triton.jit
-def _candidate(x, y, codes, lut, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    """Of a cell's four codes the one of byte INDEX, its point's product with (x, y), and |p|^2 / 2."""
-    code = (codes >> (8 * INDEX)) & 0xFF
-    point = _look_up(lut, code)
-    px = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    py = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
-    return code, x * px + y * py, 0.5 * (px * px + py * py)
+def _read(pointers):
+    """Words of memory that this kernel has written, before a barrier, in the layout of the pointers."""
+    if _INTERPRET:
+        return tl.load(pointers)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.constexpr_function
+def _states(code):
+    return 1 << STATE_BITS[code]
+
+
+@triton.constexpr_function
+def _state_bits(code):
+    return STATE_BITS[code]
+
+
+@triton.constexpr_function
+def _tries_all(code):
+    """Whether all of a set of parallel branches are tried: up to four cost less than looking up which."""
+    return code - STATE_BITS[code] <= 2
+
+
+@triton.constexpr_function
+def _tried(code):
+    """How many of each set of parallel branches are tried."""
+    return 1 << (code - STATE_BITS[code]) if _tries_all(code) else cell_candidates(code)
 
 
 @triton.jit
-def _closer(score, code, product, other_code, other_product, other_half, SCALE: tl.constexpr):
-    """The better of two candidates, the first if they are equally near."""
-    other_score = other_product * SCALE - other_half
-    closer = other_score > score
-    code = tl.where(closer, other_code, code)
-    product = tl.where(closer, other_product, product)
-    return tl.where(closer, other_score, score), code, product
+def _halves(packed, DTYPE: tl.constexpr):
+    """The two 16-bit floats of an int32, low one first, in float32."""
+    low = (packed & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = (packed >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _row(cells, x, y, new, CODE: tl.constexpr):
+    """Which branches into state `new` to try for each (x, y), int32."""
+    if _tries_all(CODE):
+        return new
+    else:
+        return _look_up(cells, _cell(x, y) * _states(CODE) + new)
+
+
+@triton.jit
+def _point(lut, row, new, old, INDEX: tl.constexpr, CODE: tl.constexpr):
+    """Candidate INDEX of the branches from state `old` to `new`: its middle bits, and the packed point."""
+    MIDDLE_BITS: tl.constexpr = CODE - _state_bits(CODE)
+    if _tries_all(CODE):
+        middle = INDEX
+    else:
+        middle = (row >> ((old * _tried(CODE) + INDEX) * MIDDLE_BITS)) & ((1 << MIDDLE_BITS) - 1)
+    window = (((new << MIDDLE_BITS) | middle) << _state_bits(CODE)) | old
+    return middle, _look_up(lut, window)
+
+
+@triton.jit
+def _cost(point, x, y, DTYPE: tl.constexpr):
+    """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER."""
+    px, py = _halves(point, DTYPE)
+    return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
+
+
+@triton.jit
+def _points(lut, row, new, CODE: tl.constexpr):
+    """The points of all branches to try into state `new`, packed, by old state and candidate: a tuple."""
+    points = ()
+    for old in tl.static_range(_states(CODE)):
+        for i in tl.static_range(_tried(CODE)):
+            _, point = _point(lut, row, new, old, i, CODE)
+            points = points + (point,)
+    return points
+
+
+@triton.jit
+def _search(
+    pairs,
+    words,
+    path,
+    lut,
+    cells,
+    VECTORS: tl.constexpr,
+    HALF: tl.constexpr,
+    CODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Viterbi's algorithm on coordinates that lie in scratch memory.
+
+    pairs: packed float16 (x, y), int32 [HALF, VECTORS]. words: int32 [HALF / 8, VECTORS, states], scratch.
+    path: int32 [VECTORS, HALF / 8], written: the state before eight pairs and those after each, the last
+    one lowest.
+    """
+    STATES: tl.constexpr = _states(CODE)
+    BITS: tl.constexpr = _state_bits(CODE)
+    TRIED: tl.constexpr = _tried(CODE)
+    WINDOWS: tl.constexpr = HALF // _WINDOW
+    new = tl.arange(0, STATES)[None, :] + tl.zeros([VECTORS, 1], tl.int32)
+    vector = tl.arange(0, VECTORS)[:, None] + tl.zeros([1, STATES], tl.int32)
+    from_state = ()
+    for old in tl.static_range(STATES):
+        from_state = from_state + (new * 0 + old,)
+    # The low bits of a cost are its state.
+    cost = tl.where(new == 0, 0, _UNREACHED) + new
+    settle = new - (tl.full([VECTORS, STATES], _COST_ROUNDER_BITS, tl.int32) << BITS)
+
+    # Loads are issued pairs ahead: the points' of the next, the cells' of the one after, and its coordinates'.
+    source = pairs + vector
+    this, next, third = _read(source), _read(source + VECTORS), _read(source + 2 * VECTORS)
+    x, y = _halves(this, tl.float16)
+    points = _points(lut, _row(cells, x, y, new, CODE), new, CODE)
+    x, y = _halves(next, tl.float16)
+    row = _row(cells, x, y, new, CODE)
+    for k in tl.range(WINDOWS):
+        states = new
+        for i in tl.range(_WINDOW):
+            x, y = _halves(this, tl.float16)
+            best = new
+            for old in tl.static_range(STATES):
+                branch = _cost(points[old * TRIED], x, y, DTYPE)
+                for t in tl.static_range(1, TRIED):
+                    branch = tl.minimum(branch, _cost(points[old * TRIED + t], x, y, DTYPE))
+                total = (branch.to(tl.int32, bitcast=True) << BITS) + tl.gather(cost, from_state[old], 1)
+                best = total if old == 0 else tl.minimum(best, total)
+            if not _tries_all(CODE):
+                points = _points(lut, row, new, CODE)
+                x, y = _halves(third, tl.float16)
+                row = _row(cells, x, y, new, CODE)
+            this, next = next, third
+            third = _read(source + tl.minimum(k * _WINDOW + i + 3, HALF - 1) * VECTORS)
+            before = best & (STATES - 1)
+            states = (tl.gather(states, before, 1) << BITS) | new
+            cost = (best - before) + settle
+        tl.store(words + (k * VECTORS + vector) * STATES + new, states)
+
+    # Each lane reads what it wrote itself; what the others of its vector hold comes from them.
+    last = tl.broadcast_to(tl.min(cost, axis=1)[:, None], [VECTORS, STATES]) & (STATES - 1)
+    for i in tl.range(WINDOWS):
+        k = WINDOWS - 1 - i
+        states = tl.gather(tl.load(words + (k * VECTORS + vector) * STATES + new), last, 1)
+        tl.store(path + vector * WINDOWS + k, states, mask=new == 0)
+        last = (states >> (_WINDOW * BITS)) & (STATES - 1)
 
 
 @triton.jit
@@ -165,6 +306,8 @@ def _encode(
     rotation,
     lut,
     cells,
+    scratch,
+    block,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -175,12 +318,11 @@ def _encode(
     CODES_OFFSET: tl.constexpr,
     RADIUS_OFFSET: tl.constexpr,
     GAIN: tl.constexpr,
-    SCALES: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    vector = tl.program_id(0) * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
+    vector = block * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
     token = (vector // NUM_HEADS).to(tl.int64)
     head = (vector % NUM_HEADS).to(tl.int64)
     slot = tl.load(slot_mapping + token, mask=vector < num_vectors, other=-1)
@@ -265,36 +407,46 @@ def _encode(
             y1 *= unit
             y2 *= unit
             DTYPE: tl.constexpr = x.dtype.element_ty
-            near = _look_up(cells, _cell(y1, y2))
-            code0, product0, half0 = _candidate(y1, y2, near, lut, 0, DTYPE)
-            code1, product1, half1 = _candidate(y1, y2, near, lut, 1, DTYPE)
-            code2, product2, half2 = _candidate(y1, y2, near, lut, 2, DTYPE)
-            code3, product3, half3 = _candidate(y1, y2, near, lut, 3, DTYPE)
-            for i in tl.static_range(len(SCALES)):
-                score, codes, product = product0 * SCALES[i] - half0, code0, product0
-                score, codes, product = _closer(score, codes, product, code1, product1, half1, SCALES[i])
-                score, codes, product = _closer(score, codes, product, code2, product2, half2, SCALES[i])
-                score, codes, product = _closer(score, codes, product, code3, product3, half3, SCALES[i])
-                half = product * SCALES[i] - score
-                if HALF != HALF_PAD:
-                    half = tl.where((pair < HALF)[None, :], half, 0.0)
-                length = tl.sqrt(2.0 * tl.sum(half, axis=1))
-                cos = tl.sum(product, axis=1) / (length * tl.sqrt(float(HEAD_DIM)))
-                if i == 0:
-                    best_cos, best_length, best_codes = cos, length, codes
-                else:
-                    better = cos > best_cos
-                    best_cos = tl.where(better, cos, best_cos)
-                    best_length = tl.where(better, length, best_length)
-                    best_codes = tl.where(better[:, None], codes, best_codes)
+            BITS: tl.constexpr = _state_bits(CODE)
+            WINDOWS: tl.constexpr = HALF // _WINDOW
+            packed = y1.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            packed |= y2.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            row = tl.arange(0, BLOCK_VECTORS)[:, None]
+            words = scratch + BLOCK_VECTORS * HALF_PAD
+            path = words + BLOCK_VECTORS * WINDOWS * _states(CODE)
+            # Other threads may still read what they kept of the program's last block.
+            tl.debug_barrier()
+            tl.store(scratch + pair[None, :] * BLOCK_VECTORS + row, packed)
+            tl.debug_barrier()
+            _search(scratch, words, path, lut, cells, BLOCK_VECTORS, HALF, CODE, DTYPE)
+            tl.debug_barrier()
+
+            inside = (pair < HALF)[None, :]
+            states = tl.load(path + row * WINDOWS + (pair // _WINDOW)[None, :], mask=inside, other=0)
+            states = states >> ((pair % _WINDOW ^ (_WINDOW - 1)) * BITS)[None, :]
+            new, old = states & ((1 << BITS) - 1), (states >> BITS) & ((1 << BITS) - 1)
+            tried = _row(cells, y1, y2, new, CODE)
+            middle, point = _point(lut, tried, new, old, 0, CODE)
+            least = _cost(point, y1, y2, DTYPE)
+            for i in tl.static_range(1, _tried(CODE)):
+                other_middle, other = _point(lut, tried, new, old, i, CODE)
+                cost = _cost(other, y1, y2, DTYPE)
+                middle = tl.where(cost < least, other_middle, middle)
+                point = tl.where(cost < least, other, point)
+                least = tl.minimum(cost, least)
+            codes = (new << (CODE - BITS)) | middle
+            px, py = _halves(point, DTYPE)
+            length = tl.sqrt(tl.sum(tl.where(inside, px * px + py * py, 0.0), axis=1))
+            product = tl.sum(tl.where(inside, y1 * px + y2 * py, 0.0), axis=1)
+            cos = product / (length * tl.sqrt(float(HEAD_DIM)))
             gain = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
             if GAIN == "fit":
-                gain = tl.maximum(best_cos, _MIN_FIT_GAIN)
+                gain = tl.maximum(cos, _MIN_FIT_GAIN)
             elif GAIN == "unbiased":
-                gain = 1.0 / best_cos
-            radius = _encode_radius(amax * (norm * gain / best_length))
-            best_codes = tl.where(usable[:, None], best_codes, 0)
-            _store_codes(best_codes, rows, keep, CODE, HALF)
+                gain = 1.0 / cos
+            radius = _encode_radius(amax * (norm * gain / length))
+            codes = tl.where(usable[:, None], codes, 0)
+            _store_codes(codes, rows, keep, CODE, HALF)
         tl.store(radius_pointer, tl.where(usable, radius, 0.0), mask=keep)
 
 
@@ -315,13 +467,13 @@ def _store_kernel(
     value_lut,
     key_cells,
     value_cells,
+    scratch,
     NUM_HEADS: tl.constexpr,
     KEY_GAIN: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
     VALUE_GAIN: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCRATCH_WORDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -334,23 +486,29 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr,
     VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    if tl.program_id(1) == 0:
-        _encode(
-            key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
-            rotation, key_lut, key_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
-            KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, KEY_SCALES, BLOCK_VECTORS, BLOCK_K,
-        )  # fmt: skip
-    else:
-        _encode(
-            value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
-            num_vectors, rotation, value_lut, value_cells, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
-            PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET, VALUE_GAIN,
-            VALUE_SCALES, BLOCK_VECTORS, BLOCK_K,
-        )  # fmt: skip
+    program = tl.program_id(0) * 2 + tl.program_id(1)
+    scratch += program.to(tl.int64) * SCRATCH_WORDS
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_vectors, BLOCK_VECTORS), tl.num_programs(0)):
+        if tl.program_id(1) == 0:
+            _encode(
+                key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
+                rotation, key_lut, key_cells, scratch, block, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
+                PAGE_BYTES, KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, BLOCK_VECTORS, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _encode(
+                value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
+                num_vectors, rotation, value_lut, value_cells, scratch, block, NUM_HEADS, HEAD_DIM,
+                HALF_PAD, BLOCK_SIZE, PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
+                VALUE_RADIUS_OFFSET, VALUE_GAIN, BLOCK_VECTORS, BLOCK_K,
+            )  # fmt: skip
 
 
-def _scales(vector: VectorFormat) -> tuple[float, ...]:
-    return SCALES.get(vector.bits, (1.0,)) if vector.kind == "polar" else (1.0,)
+def _scratch_words(fmt: PolarFormat, vectors: int) -> int:
+    """32-bit words that the search of so many vectors keeps: coordinates, each state's path, and the best path."""
+    half = fmt.head_dim // 2
+    states = max(1 << v.state_bits if v.kind == "polar" else 0 for v in (fmt.key, fmt.value))
+    return vectors * (triton.next_power_of_2(half) + half // _WINDOW.value * (states + 1))
 
 
 def store_kv(
@@ -396,7 +554,10 @@ def store_kv(
     # Few vectors leave most of the GPU idle: small programs then have the least latency.
     op = "store" if num_vectors >= MANY_VECTORS else "store_few"
     config = tuning.config(op, fmt, key.device)
-    _store_kernel[(triton.cdiv(num_vectors, config["block_vectors"]), 2)](
+    programs = min(triton.cdiv(num_vectors, config["block_vectors"]), config["programs"])
+    scratch_words = _scratch_words(fmt, config["block_vectors"])
+    scratch = torch.empty(2 * programs * scratch_words, dtype=torch.int32, device=key.device)
+    _store_kernel[(programs, 2)](
         key,
         key.stride(0),
         key.stride(1),
@@ -412,13 +573,13 @@ def store_kv(
         tables.value_lut,
         tables.key_cells,
         tables.value_cells,
+        scratch,
         NUM_HEADS=key.shape[1],
         KEY_GAIN=fmt.key.gain,
-        KEY_SCALES=_scales(fmt.key),
         VALUE_GAIN=fmt.value.gain,
-        VALUE_SCALES=_scales(fmt.value),
         BLOCK_VECTORS=config["block_vectors"],
         BLOCK_K=config["block_k"],
+        SCRATCH_WORDS=scratch_words,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **page_constants(fmt),
