@@ -1,7 +1,7 @@
 """The page on a CPU: numba loops over the same bytes that the Triton kernels read and write.
 
 Functions take and return torch tensors. Rotations and dense attention are torch's; numba does what torch
-has no fast operator for: nearest codes, bit streams, and attention straight off packed pages.
+has no fast operator for: Viterbi searches, bit streams, and attention straight off packed pages.
 Threads are torch's own: numba's OpenMP layer shares the libgomp that torch has loaded, and so the cores
 that vLLM has bound it to.
 """
@@ -19,8 +19,11 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_polarquant.codec import Tables, by_largest, encode
+from vllm_polarquant.codec import Tables, by_largest, cell_candidates, encode
 from vllm_polarquant.format import (
+    CELL_GRID,
+    CELLS_PER_UNIT,
+    FAR_CELL,
     MIN_FIT_GAIN,
     RADIUS_MAX,
     RADIUS_MIN,
@@ -79,43 +82,20 @@ class _Vector(NamedTuple):
 
     kind: int
     pair_bits: int
+    state_bits: int
     code_bytes: int
     gain: int
-    scales: np.ndarray
     points: np.ndarray
     lut: np.ndarray
-    window: np.ndarray
-
-
-def search_windows(points: np.ndarray, bins_per_unit: int = 16) -> np.ndarray:
-    """Which codes can be nearest to a point of a given radius: int32 [bins, 2], first and last code + 1.
-
-    Bin i holds radii from i / bins_per_unit on; the last bin all larger ones. A code can be nearest only
-    if its own radius is within the distance that the annulus' worst point has to its nearest code, which
-    dense sampling of the annulus measures.
-    """
-    radius = np.hypot(points[:, 0], points[:, 1])
-    angle = np.linspace(0, 2 * np.pi, 1440, endpoint=False)
-    ring = np.stack([np.cos(angle), np.sin(angle)], -1)
-    bins = math.ceil((radius.max() + 0.5) * bins_per_unit)
-    windows = np.empty((bins, 2), np.int32)
-    width = 1 / bins_per_unit
-    for i in range(bins):
-        samples = np.concatenate([ring * (i + f) * width for f in (0.0, 0.25, 0.5, 0.75, 1.0)])
-        distance = np.hypot(*(samples[:, None] - points[None]).transpose(2, 0, 1)).min(1)
-        reach = distance.max() + width
-        inside = np.flatnonzero(np.abs(radius - (i + 0.5) * width) <= reach)
-        windows[i] = inside[0], inside[-1] + 1
-    windows[-1, 1] = len(points)
-    return windows
+    cells: np.ndarray
 
 
 @cache
-def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor) -> _Vector:
-    window = np.array([[0, 1]], np.int32)
+def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: torch.Tensor) -> _Vector:
+    state_bits = 0
     lut = np.zeros(1, np.uint32)
     if vector.kind == "polar":
-        window = search_windows(points.numpy())
+        state_bits = vector.state_bits
         # bfloat16 points, x in the low half: one gather a pair, whatever the model's dtype.
         lut = points.bfloat16().contiguous().view(torch.int32).flatten().numpy().view(np.uint32)
     elif vector.kind == "fp8":
@@ -124,12 +104,16 @@ def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor) -> _Vecto
     return _Vector(
         _KINDS[vector.kind],
         vector.pair_bits,
+        state_bits,
         vector.code_bytes(head_dim),
         _GAINS[vector.gain],
+<<<<<<< HEAD
         np.asarray((1.0,), np.float32),
+=======
+>>>>>>> enc
         points.numpy(),
         lut,
-        window,
+        cells.numpy().view(np.uint32),
     )
 
 
@@ -156,20 +140,59 @@ def _stored_radius(radius):
 
 
 @njit(cache=True)
-def _nearest(x, y, points, window):
-    at = min(int(math.sqrt(x * x + y * y) * 16), len(window) - 1)
-    best = window[at, 0]
-    best_score = np.float32(-1e30)
-    for t in range(window[at, 0], window[at, 1]):
-        px, py = points[t, 0], points[t, 1]
-        score = px * (x - np.float32(0.5) * px) + py * (y - np.float32(0.5) * py)
-        if score > best_score:
-            best_score, best = score, t
-    return best
+def _cell(x, y):
+    """Row of codec.search_cells for a point."""
+    base, per_unit = 0, np.float32(CELLS_PER_UNIT)
+    if max(abs(x), abs(y)) >= np.float32((CELL_GRID - 1) / 2 / CELLS_PER_UNIT):
+        base, per_unit = CELL_GRID * CELL_GRID, np.float32(CELLS_PER_UNIT / FAR_CELL)
+    column = math.floor(x * per_unit + np.float32(CELL_GRID // 2 + 0.5))
+    row = math.floor(y * per_unit + np.float32(CELL_GRID // 2 + 0.5))
+    return base + row * CELL_GRID + column
 
 
 @njit(cache=True)
-def _encode_polar(y, points, window, scales, gain, codes):
+def _viterbi(y, scale, pair_bits, points, cells, tried, back, codes):
+    """`codec.viterbi` of one vector y [d] times scale, over the points that `cells` names -> codes [d / 2].
+
+    tried: codec.cell_candidates. back: uint8 [d / 2, states], scratch.
+    """
+    half, states = len(y) // 2, cells.shape[1]
+    bits = 0
+    while 1 << bits < states:
+        bits += 1
+    width = np.uint32(pair_bits - bits)
+    mask = np.uint32((1 << width) - 1)
+    cost = np.full(states, np.float32(1e30))
+    cost[0] = 0
+    fresh = np.empty(states, np.float32)
+    for j in range(half):
+        a, b = y[j] * scale, y[j + half] * scale
+        cell = _cell(a, b)
+        for new in range(states):
+            row = cells[cell, new]
+            least = np.float32(2e30)
+            taken = np.uint32(0)
+            for old in range(states):
+                for _ in range(tried):
+                    branch = ((row & mask) << np.uint32(bits)) | np.uint32(old)
+                    row >>= width
+                    at = np.uint64((np.uint32(new) << np.uint32(pair_bits)) | branch)
+                    px, py = points[at, 0], points[at, 1]
+                    total = cost[old] + (px * (np.float32(0.5) * px - a) + py * (np.float32(0.5) * py - b))
+                    if total < least:
+                        least, taken = total, branch
+            fresh[new] = least
+            back[j, new] = taken
+        cost, fresh = fresh, cost
+    state = np.argmin(cost)
+    for j in range(half - 1, -1, -1):
+        branch = back[j, state]
+        codes[j] = (state << width) | (branch >> bits)
+        state = branch & (states - 1)
+
+
+@njit(cache=True)
+def _encode_polar(y, pair_bits, points, cells, tried, gain, back, codes):
     """Codes of one rotated vector y [d] into codes [d / 2]; returns radius / largest coordinate."""
     d = len(y)
     half = d // 2
@@ -177,29 +200,23 @@ def _encode_polar(y, points, window, scales, gain, codes):
     for j in range(d):
         norm2 += y[j] * y[j]
     norm = math.sqrt(norm2)
-    to_unit = np.float32(math.sqrt(d) / norm)
-    best_cos, best_length = np.float32(-2), np.float32(1)
-    trial = np.empty(half, np.uint8)
-    for scale in scales:
-        dot, length2 = np.float32(0), np.float32(0)
-        for j in range(half):
-            a, b = y[j] * to_unit, y[j + half] * to_unit
-            t = _nearest(a * scale, b * scale, points, window)
-            trial[j] = t
-            px, py = points[t, 0], points[t, 1]
-            dot += a * px + b * py
-            length2 += px * px + py * py
-        length = math.sqrt(length2)
-        cos = dot / (length * math.sqrt(d))
-        if cos > best_cos:
-            best_cos, best_length = np.float32(cos), np.float32(length)
-            codes[:] = trial
-    factor = norm / best_length
+    _viterbi(y, np.float32(math.sqrt(d) / norm), pair_bits, points, cells, tried, back, codes)
+    states = cells.shape[1]
+    dot, length2 = np.float32(0), np.float32(0)
+    before = 0
+    for j in range(half):
+        window = codes[j] * states + before * states // (1 << pair_bits)
+        px, py = points[window, 0], points[window, 1]
+        dot += y[j] * px + y[j + half] * py
+        length2 += px * px + py * py
+        before = codes[j]
+    length = math.sqrt(length2)
+    cos = dot / (length * norm)
     if gain == 1:
-        factor /= best_cos
-    elif gain == 2:
-        factor *= max(best_cos, np.float32(MIN_FIT_GAIN))
-    return np.float32(factor)
+        return np.float32(norm / length / cos)
+    if gain == 2:
+        return np.float32(norm / length * max(cos, MIN_FIT_GAIN))
+    return np.float32(norm / length)
 
 
 @njit(cache=True)
@@ -216,14 +233,15 @@ def _pack(codes, pair_bits, out):
 
 
 @njit(cache=True, parallel=True)
-def _encode(rotated, amax, pair_bits, points, window, scales, gain, packed, radius):
+def _encode(rotated, amax, pair_bits, points, cells, tried, gain, packed, radius):
     """Rotated f32 [n, d] / amax [n] -> packed codes u8 [n, bytes], radius f32 [n] as it is stored."""
     n, d = rotated.shape
     for i in prange(n):
         codes = np.zeros(d // 2, np.uint8)
         radius[i] = 0
         if amax[i] > 0:
-            factor = _encode_polar(rotated[i], points, window, scales, gain, codes)
+            back = np.empty((d // 2, cells.shape[1]), np.uint8)
+            factor = _encode_polar(rotated[i], pair_bits, points, cells, tried, gain, back, codes)
             radius[i] = _stored_radius(amax[i] * factor)
         _pack(codes, pair_bits, packed[i])
 
@@ -261,7 +279,7 @@ def _encode_vectors(
     radius = torch.empty_like(amax)
     _encode(
         (unit @ rotation.T).flatten(0, 1).numpy(), amax.flatten().numpy(), spec.pair_bits,
-        spec.points, spec.window, spec.scales, spec.gain, codes.flatten(0, 1).numpy(),
+        spec.points, spec.cells, cell_candidates(spec.pair_bits), spec.gain, codes.flatten(0, 1).numpy(),
         radius.flatten().numpy(),
     )  # fmt: skip
     return radius.half(), codes
@@ -281,13 +299,16 @@ def store_kv(
     """
     _use_torch_threads()
     cache_bytes, stride = _bytes_of(cache_tensor, fmt)
-    for x, vector, points, code_at, radius_at in (
-        (key, fmt.key, tables.key_points, 0, fmt.key_radius_offset),
-        (value, fmt.value, tables.value_points, fmt.value_offset, fmt.value_radius_offset),
-    ):
+    for x, vector, points, cells, code_at, radius_at in (
+        (key, fmt.key, tables.key_points, tables.key_cells, 0, fmt.key_radius_offset),
+        (
+            value, fmt.value, tables.value_points, tables.value_cells, fmt.value_offset,
+            fmt.value_radius_offset,
+        ),
+    ):  # fmt: skip
         x = x[: len(slot_mapping)]
         if vector.kind == "polar":
-            spec = _vector(vector, fmt.head_dim, points)
+            spec = _vector(vector, fmt.head_dim, points, cells)
             radius, codes = _encode_vectors(x, spec, tables.rotation)
         else:
             radius, codes = encode(x, vector)
@@ -299,7 +320,7 @@ def store_kv(
 
 
 @njit(cache=True, fastmath=True)
-def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, points, tile):
+def _load_tile(cache_bytes, start, count, kind, pair_bits, state_bits, code_bytes, lut, points, tile):
     """Unit vectors of `count` neighbouring tokens, as float32 bits: u8 codes at start -> tile u32 [:, d]."""
     d = tile.shape[1]
     half = d // 2
@@ -316,18 +337,25 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, code_bytes, lut, poin
             for j in range(d):
                 tile[t, j] = lut[np.uint64(cache_bytes[at + j])]
         return
+    before = np.uint64(pair_bits - state_bits)
     for t in range(count):
         at = start + t * code_bytes
         # Unsigned indices spare the loops Python's test for negative ones: three times faster.
         if pair_bits == 8:
+            last = np.uint64(0)
             for j in range(half):
-                points[j] = lut[np.uint64(cache_bytes[at + j])]
+                code = np.uint64(cache_bytes[at + j])
+                points[j] = lut[(code << np.uint64(state_bits)) | (last >> before)]
+                last = code
         else:
-            mask = np.uint64((1 << pair_bits) - 1)
+            mask = np.uint64((1 << (pair_bits + state_bits)) - 1)
+            word = np.uint64(0)
             for group in range(half // 8):
-                word = np.uint64(0)
+                # The top bits of the last code stay, below those of the next eight.
+                word >>= np.uint64(8 * pair_bits)
                 for b in range(pair_bits):
-                    word |= np.uint64(cache_bytes[at + group * pair_bits + b]) << np.uint64(8 * b)
+                    byte = np.uint64(cache_bytes[at + group * pair_bits + b])
+                    word |= byte << np.uint64(8 * b + state_bits)
                 for j in range(8):
                     points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
         for j in range(half):
@@ -349,8 +377,8 @@ def _attend(
     requests = len(seq_lens)
     d = query.shape[2]
     group = query.shape[1] // heads
-    k_kind, k_bits, k_bytes, k_lut = key
-    v_kind, v_bits, v_bytes, v_lut = value
+    k_kind, k_bits, k_states, k_bytes, k_lut = key
+    v_kind, v_bits, v_states, v_bytes, v_lut = value
     for task in prange(requests * heads * splits):
         split = task % splits
         head = task // splits % heads
@@ -380,8 +408,9 @@ def _attend(
             page = block * stride + head * page_bytes
             inside = start % block_size
             _load_tile(
-                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_bytes, k_lut, points, bits
-            )
+                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_states, k_bytes, k_lut,
+                points, bits,
+            )  # fmt: skip
             _load_radii(cache_bytes, page + key_radius_at + inside * 2, step, radius_bits, radii)
             for row in range(rows):
                 token, member = row // group, row % group
@@ -411,8 +440,8 @@ def _attend(
                     for j in range(d):
                         out[row, j] *= shrink
             _load_tile(
-                cache_bytes, page + value_at + inside * v_bytes, step, v_kind, v_bits, v_bytes, v_lut,
-                points, bits,
+                cache_bytes, page + value_at + inside * v_bytes, step, v_kind, v_bits, v_states, v_bytes,
+                v_lut, points, bits,
             )  # fmt: skip
             _load_radii(cache_bytes, page + value_radius_at + inside * 2, step, radius_bits, radii)
             for row in range(rows):
@@ -462,7 +491,7 @@ def _gather(
 ):  # fmt: skip
     """Tokens [start, start + n) of one request: radius times unit vectors, f32 [n, heads, d], rotated."""
     n, _, d = out.shape
-    kind, pair_bits, code_bytes, lut = vector
+    kind, pair_bits, state_bits, code_bytes, lut = vector
     for i in prange(n):
         points = np.empty(d // 2, np.uint32)
         bits = np.empty((1, d), np.uint32)
@@ -475,8 +504,8 @@ def _gather(
         for head in range(heads):
             page = block * stride + head * page_bytes
             _load_tile(
-                cache_bytes, page + code_at + inside * code_bytes, 1, kind, pair_bits, code_bytes,
-                lut, points, bits,
+                cache_bytes, page + code_at + inside * code_bytes, 1, kind, pair_bits, state_bits,
+                code_bytes, lut, points, bits,
             )  # fmt: skip
             _load_radii(cache_bytes, page + radius_at + inside * 2, 1, radius_bits, radius)
             for j in range(d):
@@ -491,13 +520,14 @@ def _raw_lut(dtype: torch.dtype) -> np.ndarray:
 
 
 def _sides(fmt: PolarFormat, tables: Tables, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """(kind, pair bits, code bytes, lut) of keys and of values, as the loops take them."""
+    """(kind, pair bits, state bits, code bytes, lut) of keys and of values, as the loops take them."""
     specs = (
-        _vector(fmt.key, fmt.head_dim, tables.key_points),
-        _vector(fmt.value, fmt.head_dim, tables.value_points),
+        _vector(fmt.key, fmt.head_dim, tables.key_points, tables.key_cells),
+        _vector(fmt.value, fmt.head_dim, tables.value_points, tables.value_cells),
     )
     key, value = (
-        (s.kind, s.pair_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut) for s in specs
+        (s.kind, s.pair_bits, s.state_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut)
+        for s in specs
     )
     return key, value
 
