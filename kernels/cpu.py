@@ -107,10 +107,6 @@ def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: to
         state_bits,
         vector.code_bytes(head_dim),
         _GAINS[vector.gain],
-<<<<<<< HEAD
-        np.asarray((1.0,), np.float32),
-=======
->>>>>>> enc
         points.numpy(),
         lut,
         cells.numpy().view(np.uint32),
