@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_polarquant
+from vllm_polarquant.format import FORMAT_VERSION
 
 Report = dict[str, Any]
 
@@ -68,7 +69,7 @@ def environment() -> dict[str, str]:
     Asks nvidia-smi and not torch, which would take memory on the GPU for this process.
     """
     found = query_gpu() or {"device": f"CPU ({platform.machine()})"}
-    found["vllm-polarquant"] = vllm_polarquant.__version__
+    found["vllm-polarquant"] = f"{vllm_polarquant.__version__} (page format {FORMAT_VERSION})"
     for name in ("vllm", "torch", "triton"):
         try:
             found[name] = version(name)
