@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from vllm_polarquant.codec import Tables, by_largest, cell_candidates, encode
+from vllm_polarquant.codec import Tables, by_largest, encode
 from vllm_polarquant.format import (
+    CELL_CANDIDATES,
     CELL_GRID,
     CELLS_PER_UNIT,
     FAR_CELL,
@@ -150,7 +151,7 @@ def _cell(x, y):
 def _viterbi(y, scale, pair_bits, points, cells, tried, back, codes):
     """`codec.viterbi` of one vector y [d] times scale, over the points that `cells` names -> codes [d / 2].
 
-    tried: codec.cell_candidates. back: uint8 [d / 2, states], scratch.
+    tried: format.CELL_CANDIDATES. back: uint8 [d / 2, states], scratch.
     """
     half, states = len(y) // 2, cells.shape[1]
     bits = 0
@@ -275,7 +276,7 @@ def _encode_vectors(
     radius = torch.empty_like(amax)
     _encode(
         (unit @ rotation.T).flatten(0, 1).numpy(), amax.flatten().numpy(), spec.pair_bits,
-        spec.points, spec.cells, cell_candidates(spec.pair_bits), spec.gain, codes.flatten(0, 1).numpy(),
+        spec.points, spec.cells, CELL_CANDIDATES[spec.pair_bits], spec.gain, codes.flatten(0, 1).numpy(),
         radius.flatten().numpy(),
     )  # fmt: skip
     return radius.half(), codes

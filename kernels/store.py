@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_polarquant.codec import cell_candidates
 from vllm_polarquant.format import (
+    CELL_CANDIDATES,
     CELL_GRID,
     CELLS_PER_UNIT,
     FAR_CELL,
@@ -156,7 +156,7 @@ def _tries_all(code):
 @triton.constexpr_function
 def _tried(code):
     """How many of each set of parallel branches are tried."""
-    return 1 << (code - STATE_BITS[code]) if _tries_all(code) else cell_candidates(code)
+    return 1 << (code - STATE_BITS[code]) if _tries_all(code) else CELL_CANDIDATES[code]
 
 
 @triton.jit

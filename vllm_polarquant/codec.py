@@ -28,6 +28,7 @@ import torch
 
 from vllm_polarquant.format import (
     BITS,
+    CELL_CANDIDATES,
     CELL_GRID,
     CELLS_PER_UNIT,
     FAR_CELL,
@@ -288,22 +289,17 @@ class PolarQuant:
         return self.bits + 8 * RADIUS_BYTES / self.d
 
 
-def cell_candidates(pair_bits: int) -> int:
-    """How many points of each set of parallel branches search_cells names: many make for small cells."""
-    return 2 if pair_bits - STATE_BITS[pair_bits] > 6 else 1
-
-
 @cache
 def search_cells(pair_bits: int) -> torch.Tensor:
     """Which of a trellis's parallel branches to try, by cell of the plane: int32 [2 * CELL_GRID**2, 2**b].
 
     Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
-    cells is first. Field s of a cell's column n holds cell_candidates(w) numbers of w - b bits: the middles of the
+    cells is first. Field s of a cell's column n holds CELL_CANDIDATES[w] numbers of w - b bits: the middles of the
     windows (n, middle, s) whose points are nearest to the cell's centre, the nearest one lowest. Near a border
     between two points a cell may name the farther one: the codes that a search over cells finds are up to 1 % worse
     than those of `viterbi`.
     """
-    states, candidates = STATE_BITS[pair_bits], cell_candidates(pair_bits)
+    states, candidates = STATE_BITS[pair_bits], CELL_CANDIDATES[pair_bits]
     points = codebook(pair_bits).double()
     line = torch.arange(CELL_GRID, dtype=torch.float64) - CELL_GRID // 2
     y, x = torch.meshgrid(line, line, indexing="ij")

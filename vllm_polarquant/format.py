@@ -40,6 +40,9 @@ STATE_BITS = {4: 3, 5: 3, 6: 2, 7: 2, 8: 1}
 the distortion, and each doubles the table of 2**(pair_bits + state_bits) points that decoding reads: up to 512
 points a multiprocessor still runs two programs at a time, which short contexts need (docs/kernels.md)."""
 
+CELL_CANDIDATES = {4: 1, 5: 1, 6: 1, 7: 1, 8: 2}
+"""Points of each set of parallel branches that codec.search_cells names: many make for small cells."""
+
 CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
 """The encoders' kernels look up which points to try (codec.search_cells): CELL_GRID**2 square cells around
 the origin, CELLS_PER_UNIT to a unit of length, and as many FAR_CELL times as wide for what lies outside."""
