@@ -56,7 +56,8 @@ _STATIC_TABLES = 40 << 10
 """Bytes of tables that lie in static shared memory; of more, the keys' table goes to dynamic memory."""
 
 _ALL_COPIES = 160 << 10
-"""Shared memory of a multiprocessor from which on each lane has its own copy of a table; else two lanes share."""
+"""Shared memory of a multiprocessor from which on each lane has its own copy of a table; else two lanes
+share."""
 
 _SPLIT_COST = 0.04
 """What a program costs before and after its keys, as a share of a request of 8k tokens."""
@@ -86,7 +87,7 @@ def num_splits(num_reqs: int, num_kv_heads: int) -> int:
 
 @triton.constexpr_function
 def table_places(key_code, value_code, copies):
-    """Where the tables lie in shared memory: first bytes of the keys' and the values', static and dynamic size.
+    """Where tables lie in shared memory: first bytes of the keys' and the values', static and dynamic size.
 
     Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory. Its
     launcher asks the driver for more only where the dynamic part alone is more than that.
@@ -238,6 +239,7 @@ def _attend(
     outputs of query t, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the tokens that the query of row g may see, then those that are stored.
     """
+    KEY_PAIRS: tl.constexpr = HEAD_DIM // 8
     peaks, totals, outs = state
     radius = radii(fetched[6])
     zero = tl.zeros(lane.shape, tl.float32)
@@ -246,10 +248,10 @@ def _attend(
         # Two sums: a product waits for the one before it.
         even = (zero, zero, zero, zero)
         odd = even
-        keys = link(fetched[3 * half], HEAD_DIM // 8, KEY_CODE, lane % 4 == 0, 1)
+        keys = link(fetched[3 * half], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
         for step in tl.static_range(HEAD_DIM // 16):
-            first = unit(keys, 2 * step, HEAD_DIM // 8, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
-            second = unit(keys, 2 * step + 1, HEAD_DIM // 8, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
+            first = unit(keys, 2 * step, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
+            second = unit(keys, 2 * step + 1, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
             if step % 2 == 0:
                 even = mma(even, query[4 * step : 4 * step + 4], (first, second), DTYPE)
             else:

@@ -280,8 +280,9 @@ def _open_asm(size):
 @triton.constexpr_function
 def _at(instruction, first=0):
     """PTX of an instruction on shared memory; `[at]` in it stands for $1 bytes after `first`."""
-    memory, offset = ("global_smem", first - DYNAMIC.value) if first >= DYNAMIC.value else ("lane_table", first)
-    instruction = instruction.replace("[at]", f"[at + {offset}]")
+    dynamic = first >= DYNAMIC.value
+    memory = "global_smem" if dynamic else "lane_table"
+    instruction = instruction.replace("[at]", f"[at + {first - DYNAMIC.value if dynamic else first}]")
     return f"{{.reg .b32 at;\nmov.u32 at, {memory};\nadd.u32 at, at, $1;\n{instruction}}}"
 
 

@@ -1,7 +1,7 @@
 """Encode new keys and values into their slots: rotate, search, pack, all in one launch.
 
-The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best path
-that leads there and, as bits, the path's last states.
+The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best
+path that leads there and, as bits, the path's last states.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ _ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
 # The same for costs, as integers of 2**-14: below 256, as a point is at most 6 and a pair 16 long.
 _COST_ROUNDER = tl.constexpr(1.5 * 2.0**9)
 _COST_ROUNDER_BITS = tl.constexpr(0x44400000)
-# More than any path's cost, which 2**-14 and a state number below it make at most 2**26: a path costs half its
-# squared distance less half the squared length, which is head_dim.
+# More than any path's cost, which 2**-14 and a state number below it make at most 2**26: a path costs half
+# its squared distance less half the squared length, which is head_dim.
 _UNREACHED = tl.constexpr(1 << 28)
 _WINDOW = tl.constexpr(8)
-"""Pairs whose states a lane keeps in one word. It divides every head_dim / 2, and nine states have 27 bits."""
+"""Pairs whose states a lane keeps in one word. It divides every head_dim / 2, and nine states have 27
+bits."""
 
 
 class EncoderTables(Protocol):
@@ -237,7 +238,8 @@ def _search(
     cost = tl.where(new == 0, 0, _UNREACHED) + new
     settle = new - (tl.full([VECTORS, STATES], _COST_ROUNDER_BITS, tl.int32) << BITS)
 
-    # Loads are issued pairs ahead: the points' of the next, the cells' of the one after, and its coordinates'.
+    # Loads are issued pairs ahead: the points' of the next, the cells' of the one after, and its
+    # coordinates'.
     source = pairs + vector
     this, next, third = _read(source), _read(source + VECTORS), _read(source + 2 * VECTORS)
     x, y = _halves(this, tl.float16)
@@ -505,7 +507,7 @@ def _store_kernel(
 
 
 def _scratch_words(fmt: PolarFormat, vectors: int) -> int:
-    """32-bit words that the search of so many vectors keeps: coordinates, each state's path, and the best path."""
+    """Words that the search of so many vectors keeps: coordinates, each state's path, and the best one."""
     half = fmt.head_dim // 2
     states = max(1 << v.state_bits if v.kind == "polar" else 0 for v in (fmt.key, fmt.value))
     return vectors * (triton.next_power_of_2(half) + half // _WINDOW.value * (states + 1))

@@ -38,7 +38,9 @@ def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple
     fmt = PolarFormat(preset, head_dim, 16)
     constants = {
         "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ROW_BLOCKS": 1,
-        "SETS": sets, "WARPS": WARPS, "COPIES": 32 if capability in (80, 90) else 16, "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
+        "SETS": sets, "WARPS": WARPS,
+        "COPIES": 32 if capability in (80, 90) else 16,
+        "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
     }  # fmt: skip
     kernel = decode._split_kernel
     signature = {
@@ -47,7 +49,8 @@ def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS}
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": WARPS, "maxnreg": 128 if sets == 1 and head_dim <= 128 else None})
+    options = {"num_warps": WARPS, "maxnreg": 128 if sets == 1 and head_dim <= 128 else None}
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_polarquant import reference
-from vllm_polarquant.codec import Tables, tables
-from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS, PolarFormat
+from vllm_polarquant.codec import Tables, decode_unit, encode, encode_radius, rotation, tables
+from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, MIN_FIT_GAIN, PRESETS, PolarFormat, VectorFormat
 
 ALL_PRESETS = (*PRESETS, LOSSLESS)
 ALL_FORMATS = [(preset, dim) for preset in ALL_PRESETS for dim in HEAD_DIMS]
@@ -42,6 +42,33 @@ def vectors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     x = torch.randn(shape, device=device)
     x[..., 3] *= 8
     return (x * torch.rand(*shape[:-1], 1, device=device).add(0.1)).to(dtype)
+
+
+def cosines(x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
+    """Cosine between vectors [T, H, d] and the directions of their codes [T, H, bytes]."""
+    unit = decode_unit(codes, vector, dtype).double()
+    if vector.rotated:
+        unit = unit @ rotation(x.shape[-1]).to(unit)
+    # Scaled first, as torch takes the norms of tiny vectors to be 1e-8.
+    x = x.double()
+    return torch.nn.functional.cosine_similarity(x / x.abs().amax(-1, keepdim=True), unit, dim=-1)
+
+
+def radius_for(
+    x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype
+) -> torch.Tensor:
+    """The radii float16 [T, H] that belong to codes of vectors [T, H, d], in float64."""
+    if vector.kind != "polar":
+        return encode(x, vector)[0]
+    cos = cosines(x, codes, vector, dtype)
+    gain = {"norm": torch.ones_like(cos), "unbiased": 1 / cos, "fit": cos.clamp_min(MIN_FIT_GAIN)}
+    length = decode_unit(codes, vector, dtype).double().norm(dim=-1)
+    return encode_radius((x.double().norm(dim=-1) * gain[vector.gain] / length).float())
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of float16 numbers as integers, int32."""
+    return x.contiguous().view(torch.int16).int()
 
 
 def empty_cache(

@@ -1,5 +1,6 @@
-"""The codec against float64 geometry and integer arithmetic of its own; they share spiral.json."""
+"""The codec against float64 geometry and integer arithmetic of its own; they share codebook.json."""
 
+import itertools
 import json
 import math
 from importlib.resources import files
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vllm_polarquant
-from vllm_polarquant.codebook import spiral_radii
+from vllm_polarquant.codebook import lattice, trellis_points
 from vllm_polarquant.codec import (
     PolarQuant,
     codebook,
@@ -19,31 +20,37 @@ from vllm_polarquant.codec import (
     decode_unit,
     encode,
     encode_radius,
-    nearest,
     pack,
     rotation,
+    search_cells,
     tables,
     unpack,
+    viterbi,
+    windows,
 )
 from vllm_polarquant.format import (
     BITS,
+    CELL_CANDIDATES,
+    CELL_GRID,
+    CELLS_PER_UNIT,
+    FAR_CELL,
     HEAD_DIMS,
     MIN_FIT_GAIN,
     PRESETS,
-    SCALES,
+    STATE_BITS,
     PolarFormat,
     UnsupportedFormat,
     VectorFormat,
 )
 
 # At d = 128, by the bits stored a coordinate with the radius counted: what the format promises.
-DISTORTION = {2.125: 0.112, 2.625: 0.059, 3.125: 0.0305, 3.625: 0.0156, 4.125: 0.0079}
+DISTORTION = {2.125: 0.083, 2.625: 0.042, 3.125: 0.0224, 3.625: 0.0114, 4.125: 0.0065}
 GAINS = ("norm", "unbiased", "fit")
 # float16 keeps 11 bits of a radius in its usual range, and 1 % outside it.
 RADIUS_ERROR, WIDE_RADIUS_ERROR = 2**-11, 0.01
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
-SPIRAL = json.loads((files(vllm_polarquant) / "spiral.json").read_text())
+CODEBOOK = json.loads((files(vllm_polarquant) / "codebook.json").read_text())
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,13 +67,19 @@ def to_bfloat16(value: float) -> float:
     return math.ldexp(round(mantissa * 256), exponent - 8)
 
 
-def spiral_points(pair_bits: int) -> torch.Tensor:
-    """Code t at angle t * pi * (3 - sqrt 5), rounded to bfloat16: float64 [n, 2]."""
-    turn = math.pi * (3 - math.sqrt(5))
-    radii = SPIRAL[str(2**pair_bits)]
-    points = [(r * math.cos(t * turn), r * math.sin(t * turn)) for t, r in enumerate(radii)]
-    rounded = [(to_bfloat16(x), to_bfloat16(y)) for x, y in points]
-    return torch.tensor(rounded, dtype=torch.float64)
+def walk(codes: list[int], width: int) -> list[tuple[float, float]]:
+    """The points of one vector's codes, straight from the definition, one after the other."""
+    table, states, points, before = CODEBOOK[str(width)], 2 ** STATE_BITS[width], [], 0
+    for code in codes:
+        x, y = table[code * states + before * states // 2**width]
+        points.append((x, y))
+        before = code
+    return points
+
+
+def walks(codes: torch.Tensor, width: int) -> torch.Tensor:
+    """`walk` of every row of codes [n, m]: float64 [n, m, 2]."""
+    return torch.tensor([walk(row, width) for row in codes.tolist()], dtype=torch.float64)
 
 
 def bit_stream(codes: list[int], width: int) -> bytes:
@@ -116,48 +129,85 @@ def test_rotation_spreads_every_coordinate():
 
 
 @pytest.mark.parametrize("pair_bits", range(4, 9))
-def test_codebook_is_the_golden_angle_spiral(pair_bits):
-    points = spiral_points(pair_bits)
-    assert len(points) == 2**pair_bits
-    assert torch.equal(codebook(pair_bits).double(), points)
+def test_codebook_is_the_files_in_bfloat16(pair_bits):
+    points = CODEBOOK[str(pair_bits)]
+    assert len(points) == 2 ** (pair_bits + STATE_BITS[pair_bits])
+    assert codebook(pair_bits).tolist() == points
+    assert all(to_bfloat16(value) == value for point in points for value in point)
 
 
-def test_spiral_file_is_what_the_generator_makes():
-    assert SPIRAL["16"] == pytest.approx(spiral_radii(16).tolist(), abs=1e-3)
+def test_codebook_file_is_what_the_generator_makes():
+    ours, theirs = trellis_points(4), torch.tensor(CODEBOOK["4"]).double().numpy()
+    assert abs(ours - theirs).max() < 0.02
+
+
+@pytest.mark.parametrize("pair_bits", range(4, 9))
+def test_lattice_has_no_point_twice(pair_bits):
+    points = {(round(x, 9), round(y, 9)) for x, y in lattice(pair_bits)}
+    assert len(points) == 2 ** (pair_bits + STATE_BITS[pair_bits])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_viterbi_finds_the_best_of_all_streams(length):
+    pairs = gaussian(30, length, 2, seed=3)
+    streams = torch.tensor(list(itertools.product(range(16), repeat=length)))
+    points = walks(streams, 4)
+    cost = (pairs.double()[:, None] - points).square().sum((2, 3))
+    found = viterbi(pairs, codebook(4), STATE_BITS[4])
+    reached = (walks(found, 4) - pairs.double()).square().sum((1, 2))
+    assert (reached - cost.amin(1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_codes_are_the_nearest_points(bits):
-    x = gaussian(40, 96, seed=3)
-    vector = VectorFormat("polar", bits)
-    points = spiral_points(vector.pair_bits)
-    _, packed = encode(x, vector)
-    codes = unpack(packed, vector.pair_bits)
-    rotated = x.double() @ rotation(96).T
-    unit = rotated / rotated.norm(dim=-1, keepdim=True) * math.sqrt(96)
-    pairs = torch.stack([unit[:, :48], unit[:, 48:]], -1)
-
-    def cosine(chosen: torch.Tensor) -> torch.Tensor:
-        return (points[chosen] * pairs).sum((1, 2)) / points[chosen].square().sum((1, 2)).sqrt()
-
-    best = torch.full((40,), -math.inf, dtype=torch.float64)
-    matches = torch.zeros(40, dtype=torch.bool)
-    for scale in SCALES.get(bits, (1.0,)):
-        distance = (pairs[:, :, None] * scale - points).square().sum(-1)
-        ours = distance.gather(-1, codes[..., None]).squeeze(-1)
-        # float32 may resolve a near tie the other way.
-        matches |= (ours - distance.amin(-1) < 1e-5).all(-1)
-        best = torch.maximum(best, cosine(distance.argmin(-1)))
-    assert matches.all()
-    assert (best - cosine(codes)).max() < 1e-4
+def test_no_change_of_two_neighbouring_codes_is_better(bits):
+    """Where not every stream can be tried: 8,000 streams around the one that was found."""
+    width = int(2 * bits)
+    pairs = gaussian(1, 24, 2, seed=7)
+    found = viterbi(pairs, codebook(width), STATE_BITS[width])
+    best = float((walks(found, width) - pairs).square().sum())
+    change = torch.randint(1 << width, (8000, 2), generator=torch.Generator().manual_seed(3))
+    place = torch.randint(23, (8000,), generator=torch.Generator().manual_seed(4))
+    tried = found.repeat(8000, 1)
+    tried[torch.arange(8000), place] = change[:, 0]
+    tried[torch.arange(8000), place + 1] = change[:, 1]
+    cost = (codebook(width)[windows(tried, width)] - pairs).square().sum((1, 2))
+    assert float(cost.min()) >= best - 1e-4
 
 
-def test_nearest_in_parts_is_nearest_at_once(monkeypatch):
+@pytest.mark.parametrize("bits", BITS)
+def test_points_follow_the_definition(bits):
+    width = int(2 * bits)
+    codes = torch.randint(1 << width, (2, 3, 16), generator=torch.Generator().manual_seed(5))
+    points = codebook(width)[windows(codes, width)].double()
+    assert torch.equal(points.flatten(0, 1), walks(codes.flatten(0, 1), width))
+
+
+def test_viterbi_in_parts_is_viterbi_at_once(monkeypatch):
     pairs, points = gaussian(7, 11, 2), codebook(6)
-    whole = nearest(pairs, points)
+    whole = viterbi(pairs, points, STATE_BITS[6])
     assert whole.shape == (7, 11)
-    monkeypatch.setattr("vllm_polarquant.codec._ENCODE_SCRATCH", 10 * 64)
-    assert torch.equal(nearest(pairs, points), whole)
+    monkeypatch.setattr("vllm_polarquant.codec._ENCODE_SCRATCH", 3 * 4 * 256)
+    assert torch.equal(viterbi(pairs, points, STATE_BITS[6]), whole)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_cells_name_the_nearest_points_to_their_centre(bits):
+    width = int(2 * bits)
+    states, candidates = 2 ** STATE_BITS[width], CELL_CANDIDATES[width]
+    middle_bits = width - STATE_BITS[width]
+    cells = search_cells(width)
+    points = torch.tensor(CODEBOOK[str(width)], dtype=torch.float64)
+    for index in (0, 77, 2080, 2100, 4095, 4096, 6200, 8191):
+        cell = FAR_CELL / CELLS_PER_UNIT if index >= CELL_GRID**2 else 1 / CELLS_PER_UNIT
+        row, column = index % CELL_GRID**2 // CELL_GRID, index % CELL_GRID
+        centre = torch.tensor([column - CELL_GRID / 2, row - CELL_GRID / 2], dtype=torch.float64) * cell
+        for new, old in itertools.product(range(states), repeat=2):
+            window = torch.arange(2**middle_bits) * states + new * 2**width + old
+            distance = (points[window] - centre).norm(dim=-1)
+            best = distance.sort().values
+            for i in range(candidates):
+                field = int(cells[index, new]) >> (old * candidates + i) * middle_bits
+                assert distance[field & (2**middle_bits - 1)] <= best[i] + 1e-9
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -167,7 +217,7 @@ def test_decode_in_float64(bits, d):
     codes = torch.randint(2**vector.pair_bits, (3, d // 2), generator=torch.Generator().manual_seed(1))
     packed = torch.tensor([list(bit_stream(row, vector.pair_bits)) for row in codes.tolist()])
     radius = torch.tensor([1.0, 0.5, 12.0]).half()
-    pairs = spiral_points(vector.pair_bits)[codes]
+    pairs = walks(codes, vector.pair_bits)
     expected = torch.cat([pairs[..., 0], pairs[..., 1]], -1) @ rotation(d) * radius.double()[:, None]
     x_hat = decode(radius, packed.to(torch.uint8), vector)
     assert x_hat.dtype == torch.float32
@@ -393,12 +443,12 @@ def test_seed_changes_the_codes_and_is_needed_to_read_them():
 
 
 def test_bytes_are_stable():
-    """The bytes that FORMAT_VERSION 1 stands for."""
+    """The bytes that FORMAT_VERSION 2 stands for."""
     x = torch.tensor([(37 * i) % 64 - 31.5 for i in range(64)])
     for bits, stored in (
-        (2, "20.25 433d329300a12a0391b34452930185ba"),
-        (3, "18.734375 18f32e0a849900e07cdf0102c65ab6117368a547545af9b5"),
-        (4, "18.390625 7143aa2d413a4f8c050838788529570d1bbb93b03b3b1c5193840c5966a078bd"),
+        (2, "19.015625 9d4a919148b4ca4cb0b11d146fd8f5f1"),
+        (3, "17.90625 eab98c457de42030e91a5d84d1cef4342112dd019b34af33"),
+        (4, "18.65625 9e54734c13cf596e41c40ea2288cdd0648b565b196580addaaa7c458a42fe2b5"),
     ):
         radius, codes = PolarQuant(64, bits).compress(x)
         assert f"{radius.item()} {bytes(codes.tolist()).hex()}" == stored

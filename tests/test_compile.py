@@ -13,8 +13,8 @@ import pytest
 RESERVED = 1024
 """Static shared memory that the driver keeps for itself from compute capability 9.0 on."""
 UNASKED = 48 << 10
-"""Static and dynamic shared memory that a launch gets without asking for more, which Triton's launcher does only
-where the dynamic part alone is more."""
+"""Static and dynamic shared memory that a launch gets without asking for more, which Triton's launcher does
+only where the dynamic part alone is more."""
 MULTIPROCESSOR = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 120: 100 << 10}
 """Shared memory of a multiprocessor."""
 

@@ -16,8 +16,11 @@ from kernel_cases import (
     OUT_OF_RANGE_BLOCK,
     Batch,
     attention_tolerance,
+    bits_of,
+    cosines,
     empty_cache,
     make_batch,
+    radius_for,
     relative_error,
     vectors,
 )
@@ -25,7 +28,6 @@ from kernel_cases import (
 from vllm_polarquant import reference
 from vllm_polarquant.codec import (
     decode_radius,
-    decode_unit,
     encode_radius,
     rotation,
     tables,
@@ -34,7 +36,6 @@ from vllm_polarquant.format import (
     HEAD_DIMS,
     LOSSLESS,
     PolarFormat,
-    VectorFormat,
 )
 from vllm_polarquant.kernels import decode, store, tuning
 from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention, num_splits
@@ -109,14 +110,6 @@ def check_decode(batch: Batch, max_query_len: int) -> None:
     assert torch.equal(batch.cache, before)
 
 
-def cosines(x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Cosine between vectors [T, H, d] and the directions of their codes [T, H, bytes]."""
-    unit = decode_unit(codes, vector, dtype).double()
-    if vector.rotated:
-        unit = unit @ rotation(x.shape[-1]).to(unit)
-    return torch.nn.functional.cosine_similarity(x.double(), unit, dim=-1)
-
-
 def check_store(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -130,15 +123,17 @@ def check_store(
     block, place = slots // fmt.block_size, slots % fmt.block_size
     for x, vector, kind in ((key, fmt.key, "key"), (value, fmt.value, "value")):
         codes, expected = (getattr(views, f"{kind}_codes")[block, :, place] for views in (ours, theirs))
-        # Two points, or two scales, may be as good as each other but for rounding.
-        assert (codes != expected).double().mean() < 0.01
         lost = cosines(x, expected, vector, x.dtype) - cosines(x, codes, vector, x.dtype)
-        assert lost.max() < 1e-5
-        radii = [
-            getattr(views, f"{kind}_radius")[block, :, place].contiguous().view(torch.int16).int()
-            for views in (ours, theirs)
-        ]
-        assert (radii[0] - radii[1]).abs().max() <= 1
+        if vector.kind == "polar":
+            # Cells may name the farther of two points that are about as near.
+            assert lost.mean() < 0.02 * (1 - cosines(x, expected, vector, x.dtype)).mean()
+            assert lost.max() < 0.004
+        else:
+            assert (codes != expected).double().mean() < 0.01
+            assert lost.max() < 1e-5
+        radius = getattr(ours, f"{kind}_radius")[block, :, place]
+        wanted = radius_for(x, codes, vector, x.dtype)
+        assert (bits_of(radius) - bits_of(wanted)).abs().max() <= 1
         for views, fill in ((ours, theirs), (theirs, ours)):
             getattr(views, f"{kind}_codes")[block, :, place] = 0
             getattr(fill, f"{kind}_radius")[block, :, place] = 0
