@@ -154,7 +154,11 @@ class _Checkpoint:
 
 
 class _Unjudged(ValueError):
-    """Why a layer cannot be judged."""
+    """Why a layer cannot be judged, in words that are the same for every layer."""
+
+
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 class _Layer:
@@ -190,7 +194,7 @@ class _Layer:
         heads = {"k": 1, "q": self.group, "qkv": self.group + 2}[self.module[vector]]
         rows, want = part.get_shape()[dim], heads * self.kv_heads * self.head_dim
         if rows != want:
-            raise _Unjudged(f"{name} has {rows} rows, not the {want} that config.json speaks of")
+            raise _Unjudged(f"{_short(name)} has {rows} rows, not the {want} that config.json speaks of")
         return name, part, dim
 
     def power(self, vector: str, kv_head: int, gain: Tensor | float) -> Tensor | None:
@@ -224,7 +228,7 @@ class _Layer:
             return weight
         heads = self.kv_heads * (self.group if vector == "q" else 1)
         if weight.numel() != heads * self.head_dim:
-            raise _Unjudged(f"{name} has {weight.numel()} entries, which fit no head")
+            raise _Unjudged(f"{_short(name)} has {weight.numel()} entries, which fit no head")
         return weight.view(heads, -1)[kv_head * (heads // self.kv_heads)]
 
     def gain(self) -> Tensor | float:
@@ -259,7 +263,7 @@ def _judge_head(layer: _Layer, index: int, kv_head: int) -> HardKeys:
     keys, queries, extra = (float(x) for x in (pairs["k"].sum(), pairs["q"].sum(), constant.square().sum()))
     least = float((pairs["k"] * pairs["q"]).sqrt().sum()) ** 2
     if not 0 < least < math.inf or not math.isfinite(extra):
-        raise _Unjudged(f"the keys or queries of layer {index} are zero, infinite or not a number")
+        raise _Unjudged("keys or queries are zero, infinite or not a number")
     uneven, biased = max(1.0, keys * queries / least), 1 + extra / keys
     role = layer.module["k"]
     if biased > uneven or (f"{role}.weight" not in layer.names and not normed):
