@@ -176,7 +176,7 @@ def skipped_layers() -> dict[str, Any]:
 
 
 def hard_keys() -> dict[str, Any]:
-    """KL from the unedited model in 16 bits: with a key bias or without, layers skipped or not."""
+    """KL from the unedited model in 16 bits, with a key bias or without, layers skipped or not."""
     from vllm_polarquant.check import read_config, read_shape
     from vllm_polarquant.eval.hard_keys import write_edit
     from vllm_polarquant.eval.measures.next_token import MEASURE, Params
@@ -191,14 +191,13 @@ def hard_keys() -> dict[str, Any]:
         with _engine("auto", **options) as llm:
             baseline = MEASURE.run(llm, params, 0, None)
         found: dict[str, Any] = {"skip_layers": skip}
-        for name, dtype, model, layers in (
-            ("edited, auto", "auto", str(edited), []),
-            ("edited", "polarquant_k4v4", str(edited), []),
-            ("edited, skipped", "polarquant_k4v4", str(edited), skip),
-            ("unedited", "polarquant_k4v4", MODEL, []),
-            ("unedited, skipped", "polarquant_k4v4", MODEL, skip),
+        for name, model, layers in (
+            ("edited", str(edited), []),
+            ("edited, skipped", str(edited), skip),
+            ("unedited, skipped", MODEL, skip),
         ):
-            with _engine(dtype, model=model, kv_cache_dtype_skip_layers=layers, **options) as llm:
+            mixed = options | {"model": model, "kv_cache_dtype_skip_layers": layers}
+            with _engine("polarquant_k4v4", **mixed) as llm:
                 found[name] = MEASURE.run(llm, params, 0, baseline).summary["kl"]
     return found
 

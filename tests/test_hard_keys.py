@@ -191,16 +191,16 @@ def logit_noise(folder: Path, layer: int, head: int) -> float:
     """Mean squared error of q k^T for random inputs of a layer, its keys stored by the codec at 4 bits."""
     weights = {name: x.float() for name, x in load_file(str(folder / "model.safetensors")).items()}
     at = f"model.layers.{layer}."
-    inputs = torch.randn(4000, 256, generator=torch.Generator().manual_seed(1))
+    inputs = torch.randn(1600, 256, generator=torch.Generator().manual_seed(1))
     inputs = inputs * weights[at + "input_layernorm.weight"]
     rows = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-    keys = inputs[:2000] @ weights[at + "self_attn.k_proj.weight"][rows].T
+    keys = inputs[:800] @ weights[at + "self_attn.k_proj.weight"][rows].T
     bias = weights.get(at + "self_attn.k_proj.bias")
     keys = keys if bias is None else keys + bias[rows]
     query = weights[at + "self_attn.q_proj.weight"].unflatten(0, (KV_HEADS, GROUP, HEAD_DIM))[head, 0]
     vector = VectorFormat("polar", 4)
     error = decode(*encode(keys, vector), vector) - keys
-    return float(((inputs[2000:] @ query.T) @ error.T).square().mean())
+    return float(((inputs[800:] @ query.T) @ error.T).square().mean())
 
 
 @pytest.mark.parametrize("name", ["uneven", "bias"])
@@ -485,7 +485,6 @@ def test_skipping_the_named_layers_recovers_the_edited_model() -> None:
     found = engine_runs.run("hard_keys")
     assert found["skip_layers"] == ["1", "3"]
     assert "quantised layers: 0, 2, 4; native layers: 1, 3" in found["log"]
-    assert found["edited, auto"] < 0.002
-    assert found["edited"] > 10 * found["unedited"] > 0
+    assert 0.005 < found["unedited, skipped"] < 0.05
+    assert found["edited"] > 20 * found["unedited, skipped"]
     assert found["edited, skipped"] == pytest.approx(found["unedited, skipped"], rel=0.15)
-    assert found["edited, skipped"] < found["unedited"]
