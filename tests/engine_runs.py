@@ -175,6 +175,33 @@ def skipped_layers() -> dict[str, Any]:
         return _capacity(llm) | _ask(llm, 2000, 20)
 
 
+def hard_keys() -> dict[str, Any]:
+    """KL from the unedited model in 16 bits, with a key bias or without, layers skipped or not."""
+    from vllm_polarquant.check import read_config, read_shape
+    from vllm_polarquant.eval.hard_keys import write_edit
+    from vllm_polarquant.eval.measures.next_token import MEASURE, Params
+    from vllm_polarquant.keys import judge_keys
+
+    params = Params(rows=4, context=160)
+    options = EXACT | MEASURE.engine(params)
+    with tempfile.TemporaryDirectory() as folder:
+        edited = write_edit(episodes.MODEL_DIR, "bias", 600, [1, 3], 0, Path(folder))
+        config = read_config(edited)
+        skip = [str(layer) for layer in judge_keys(edited, config, read_shape(config)).skip_layers]
+        with _engine("auto", **options) as llm:
+            baseline = MEASURE.run(llm, params, 0, None)
+        found: dict[str, Any] = {"skip_layers": skip}
+        for name, model, layers in (
+            ("edited", str(edited), []),
+            ("edited, skipped", str(edited), skip),
+            ("unedited, skipped", MODEL, skip),
+        ):
+            mixed = options | {"model": model, "kv_cache_dtype_skip_layers": layers}
+            with _engine("polarquant_k4v4", **mixed) as llm:
+                found[name] = MEASURE.run(llm, params, 0, baseline).summary["kl"]
+    return found
+
+
 def speculation() -> dict[str, Any]:
     """Greedy tokens without speculation, with n-grams and with the probe as its own draft."""
     prompts = text_prompts(4, 1500) + [prompt for prompt, _ in questions(1000, 3)]
@@ -252,6 +279,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
         lossless,
         presets,
         skipped_layers,
+        hard_keys,
         speculation,
         other_dtypes,
         tensor_parallel,

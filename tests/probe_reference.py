@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -18,10 +19,19 @@ def _stored(x: torch.Tensor, vector: VectorFormat | None) -> torch.Tensor:
 
 def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | None) -> torch.Tensor:
     """Next-token log-probabilities float32 [T, vocabulary], attention over quantised keys and values."""
-    config = json.loads((MODEL_DIR / "config.json").read_text())
-    weights = {
-        name: tensor.float() for name, tensor in load_file(str(MODEL_DIR / "model.safetensors")).items()
-    }
+    return forward(tokens, key, value)[0]
+
+
+def forward(
+    tokens: list[int],
+    key: VectorFormat | None = None,
+    value: VectorFormat | None = None,
+    model: Path = MODEL_DIR,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same of a folder of the probe's shape, biases or not, and each layer's exact keys [T, H, d]."""
+    config = json.loads((model / "config.json").read_text())
+    weights = {name: tensor.float() for name, tensor in load_file(str(model / "model.safetensors")).items()}
+    keys: list[torch.Tensor] = []
     heads, kv_heads, d = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
 
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -39,12 +49,14 @@ def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | 
     for layer in range(config["num_hidden_layers"]):
 
         def project(name: str, y: torch.Tensor, layer: int = layer) -> torch.Tensor:
-            return y @ weights[f"model.layers.{layer}.{name}.weight"].T
+            out = y @ weights[f"model.layers.{layer}.{name}.weight"].T
+            return out + weights.get(f"model.layers.{layer}.{name}.bias", 0)
 
         h = norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"])
         q = rope(project("self_attn.q_proj", h).unflatten(-1, (heads, d)))
         k = rope(project("self_attn.k_proj", h).unflatten(-1, (kv_heads, d)))
         v = project("self_attn.v_proj", h).unflatten(-1, (kv_heads, d))
+        keys.append(k)
         k, v = (_stored(t, f).repeat_interleave(heads // kv_heads, 1) for t, f in ((k, key), (v, value)))
         logits = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
         mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~causal, -torch.inf).softmax(-1), v)
@@ -52,4 +64,5 @@ def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | 
         h = norm(x, weights[f"model.layers.{layer}.post_attention_layernorm.weight"])
         gated = torch.nn.functional.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h)
         x = x + project("mlp.down_proj", gated)
-    return (norm(x, weights["model.norm.weight"]) @ weights["model.embed_tokens.weight"].T).log_softmax(-1)
+    logits = norm(x, weights["model.norm.weight"]) @ weights["model.embed_tokens.weight"].T
+    return logits.log_softmax(-1), keys

@@ -1,7 +1,7 @@
 """Whether the polar-coded cache can hold a model's keys and values, judged by its config.json.
 
-Only the file is read: no weights, no network, no model code. The engine refuses the same models by
-itself, with what vLLM knows of each layer; this module answers before anything is loaded.
+Only the file is read: no weights (keys.py reads some), no network, no model code. The engine refuses the
+same models by itself, with what vLLM knows of each layer; this module answers before anything is loaded.
 Standard library only.
 """
 
@@ -93,12 +93,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the size of a model's KV cache."""
+    """What decides the size of a model's KV cache, and how many heads read it."""
 
     layers: int
     kv_heads: int
     head_dim: int
     max_model_len: int | None
+    query_heads: int
 
     def token_bytes(self, kv_cache_dtype: str) -> int:
         """Bytes that one token takes in all layers: ``auto`` (16 bits), ``fp8`` or a preset."""
@@ -193,7 +194,9 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
     # Layers that share another layer's cache have none of their own (Gemma 3n).
     layers = _needed(text, NUM_LAYERS) - (_first(text, ("num_kv_shared_layers",)) or 0)
     lengths = [length for name in MAX_MODEL_LEN if (length := _first(text, (name,)))]
-    return Shape(layers, _kv_heads(text), _head_dim(text), min(lengths, default=None))
+    kv_heads = _kv_heads(text)
+    query_heads = _first(text, NUM_HEADS) or kv_heads
+    return Shape(layers, kv_heads, _head_dim(text), min(lengths, default=None), query_heads)
 
 
 def _sliding_layers(text: Mapping[str, Any], model_type: str) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +17,7 @@ from rich.table import Table
 from vllm_polarquant import __version__
 from vllm_polarquant.check import (
     ConfigError,
+    Shape,
     check_config,
     read_config,
     read_shape,
@@ -29,6 +32,7 @@ from vllm_polarquant.format import (
     UnsupportedFormat,
     VectorFormat,
 )
+from vllm_polarquant.keys import MAX_BITS_LOST, KeyReport, judge_keys
 
 GIB = 1 << 30
 SAMPLE_VECTORS = 2048
@@ -163,9 +167,81 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
+def _local(model: Path) -> Path:
+    """Where a hub name's files lie in the Hugging Face cache; other paths, and names not there, as given."""
+    if model.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return model
+
+
+def _keys_json(keys: KeyReport) -> dict[str, Any]:
+    return {
+        "max_bits_lost": MAX_BITS_LOST,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "kv_head": layer.kv_head,
+                "tensor": layer.tensor,
+                "excess": round(layer.excess, 4),
+                "bits_lost": round(layer.bits_lost, 4),
+                "bias_norm": round(layer.bias_norm, 4),
+                "key_norm": None if math.isnan(layer.key_norm) else round(layer.key_norm, 4),
+                "pair_ratio": round(layer.pair_ratio, 4),
+                "hard": layer.hard,
+            }
+            for layer in keys.layers
+        ],
+        "skip_layers": keys.skip_layers,
+        "flag": keys.flag,
+        "notes": keys.notes,
+    }
+
+
+def _show_keys(keys: KeyReport, shape: Shape, kv_cache_dtype: str) -> None:
+    if keys.hard:
+        typer.echo(
+            f"Warning: hard keys in {len(keys.hard)} of {shape.layers} layers. Rotated codes lose these bits "
+            "there:"
+        )
+        table = _table("layer", "KV head", "bits lost", "noise power")
+        table.add_column("cause", overflow="fold")
+        for layer in keys.hard:
+            table.add_row(
+                str(layer.layer),
+                str(layer.kv_head),
+                f"{layer.bits_lost:.1f}",
+                f"x {layer.excess:,.1f}",
+                f"{layer.tensor.removeprefix('model.')}: {layer.what}",
+            )
+        Console().print(table)
+        native, left = len(keys.hard), shape.layers - len(keys.hard)
+        auto = shape.token_bytes("auto")
+        mixed = (auto * native + shape.token_bytes(kv_cache_dtype) * left) // shape.layers
+        typer.echo(f"Keep them in 16 bits: {keys.flag}")
+        typer.echo(f"A token then takes {mixed:,} bytes, {auto / mixed:.2f} times less than with auto.")
+        if native > left:
+            typer.echo("That is most of the layers: fp8 may be the better choice; measure both.")
+    elif keys.layers:
+        worst = max(layer.bits_lost for layer in keys.layers)
+        typer.echo(
+            f"No hard keys in the weights of {len(keys.layers)} layers: at most {worst:.2f} bits of a code "
+            f"are lost, {MAX_BITS_LOST:g} would be told."
+        )
+    for note in keys.notes:
+        typer.echo(note)
+
+
 @app.command()
 def check(
-    model: Annotated[Path, typer.Argument(help="Folder of a model, or its config.json.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a model, its config.json, or a hub name in the local cache.")
+    ],
     kv_cache_dtype: Annotated[str, typer.Option(help="The preset to check.")] = DEFAULT_PRESET,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of a request; the config's own limit by default.")
@@ -176,10 +252,10 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say whether a model can use a preset, why not, and how many tokens fit.
+    """Say whether a model can use a preset, why not, how many tokens fit, and which layers have hard keys.
 
-    Exits with 0 if it can, 1 if it cannot and 2 if the input is wrong. Only config.json and the
-    sizes of the safetensors files are read.
+    Exits with 0 if it can, 1 if it cannot and 2 if the input is wrong. Of the weights only the biases,
+    norms and projections that make the keys are read, from safetensors, a tensor at a time.
     """
     if kv_cache_dtype not in PRESETS:
         _fail(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
@@ -188,6 +264,7 @@ def check(
     # Written so that NaN fails too.
     if gpu_memory is not None and not 0 < gpu_memory < 1 << 20:
         _fail(f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
+    model = _local(model)
     try:
         config = read_config(model)
         problems = check_config(config, kv_cache_dtype)
@@ -239,6 +316,8 @@ def check(
         "kv_bytes": kv_bytes,
         "capacity": rows,
     }
+    keys = judge_keys(model, config, shape)
+    report["hard_keys"] = _keys_json(keys)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -275,3 +354,4 @@ def check(
             f"{_gib(kv_bytes)} for the KV cache: neither weights (no *.safetensors there) nor "
             "activations are subtracted."
         )
+    _show_keys(keys, shape, kv_cache_dtype)
