@@ -32,7 +32,9 @@ def score(gained: int, lost: int, n: int, delta: float) -> float:
     return (gained - lost - n * delta) / math.sqrt(n * (2 * share + delta - delta**2))
 
 
-@pytest.mark.parametrize(("gained", "lost", "n"), [(3, 5, 40), (12, 2, 54), (1, 9, 1319), (7, 7, 30), (4, 1, 9)])
+@pytest.mark.parametrize(
+    ("gained", "lost", "n"), [(3, 5, 40), (12, 2, 54), (1, 9, 1319), (7, 7, 30), (4, 1, 9)]
+)
 def test_score_interval_ends_where_the_test_rejects(gained: int, lost: int, n: int) -> None:
     low, high = score_interval(gained, lost, n)
     assert low < (gained - lost) / n < high

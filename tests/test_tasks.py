@@ -32,7 +32,8 @@ TEXTS = 4
 
 
 def sample(doc: int, **metrics: Any) -> dict[str, Any]:
-    return {"doc_id": doc, "doc_hash": f"{doc:064d}", "filter": "none", "metrics": [*metrics], **metrics}
+    row = {"doc_id": doc, "doc_hash": f"{doc:064d}", "filter": "none", "filtered_resps": ["x"], "target": "y"}
+    return row | {"metrics": [*metrics], **metrics}
 
 
 def test_outcomes_are_kept_by_document() -> None:
@@ -44,7 +45,12 @@ def test_outcomes_are_kept_by_document() -> None:
             "c": [sample(0, **{"4096": -1, "8192": 0.5})],
         }
     )
-    assert [name.split("/")[:2] for name in arrays["documents"]] == [["a", "0"], ["a", "1"], ["b", "0"], ["c", "0"]]
+    assert [name.split("/")[:2] for name in arrays["documents"]] == [
+        ["a", "0"],
+        ["a", "1"],
+        ["b", "0"],
+        ["c", "0"],
+    ]
     assert arrays["acc,none"].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0]]
     assert arrays["word_perplexity,none"][2].tolist() == [30, 10]
     assert arrays["inst_level,none"][2].tolist() == [2, 3]
@@ -58,13 +64,16 @@ def test_a_summary_compares_the_same_documents_only() -> None:
         return tasks.collect({"t": [sample(i, acc=float(r)) for i, r in enumerate(right)]})
 
     params = tasks.Params("t")
-    results = {"all": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.125}}, "higher_is_better": {"t": {"acc": True}}}
-    base, have = run([1, 1, 1, 1, 1, 1, 1, 0]), run([0, 0, 0, 0, 0, 0, 1, 1])
+    results = {
+        "all": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.125}},
+        "higher_is_better": {"t": {"acc": True}},
+    }
+    base, have = run([1] * 8), run([0] * 7 + [1])
     summary = tasks.summarise(params, have, results, Outcome({}, base))
-    assert summary["metrics"]["acc,none"]["value"] == 0.25
+    assert summary["metrics"]["acc,none"]["value"] == 0.125
     assert summary["metrics"]["acc,none"]["standard_error"] == 0.125
     found = summary["against_baseline"]["acc,none"]
-    assert (found["changed"], found["difference"]) == (7, -0.625)
+    assert (found["changed"], found["difference"]) == (7, -0.875)
     assert found["verdict"].startswith("worse by ") and found["verdict"].endswith("(n = 8)")
     other = run([1] * 8)
     other["documents"][3] = "t/3/changed"
@@ -162,7 +171,8 @@ def suite_of(folder: Path) -> dict[str, Any]:
         "engine": ENGINE,
         "cells": {
             "text": by_token | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS},
-            "text in one chunk": in_one | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS},
+            "text in one chunk": in_one
+            | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS},
             "answers": small | {"task": "probe_retrieval_by_depth", "limit": 1},
             "choices": small | {"task": "probe_choice_by_depth", "limit": 1},
             "missing": small | {"task": "on_the_hub", "include": str(folder)},
@@ -190,7 +200,9 @@ def cells(ran: tuple[subprocess.CompletedProcess[str], Path]) -> dict[tuple[str,
     for path in (ran[1] / "out").glob("*.json"):
         cell = json.loads(path.read_text())
         with np.load(path.with_suffix(".npz")) as arrays:
-            found[cell["key"]["kv_cache_dtype"], cell["key"]["cell"]] = cell["summary"] | {"arrays": dict(arrays)}
+            found[cell["key"]["kv_cache_dtype"], cell["key"]["cell"]] = cell["summary"] | {
+                "arrays": dict(arrays)
+            }
     return found
 
 
@@ -205,7 +217,9 @@ class TestEngines:
     ) -> None:
         child, folder = ran
         names = [name for name in suite_of(folder)["cells"] if name != "missing"]
-        assert set(cells) == {(dtype, name) for dtype in ("auto", LOSSLESS, PRESET) for name in names}, child.stderr
+        assert set(cells) == {(dtype, name) for dtype in ("auto", LOSSLESS, PRESET) for name in names}, (
+            child.stderr
+        )
         assert child.returncode == 1
         (why,) = [line for line in child.stderr.splitlines() if line.startswith("failed: auto")]
         assert "nobody/no-such-data" in why and "needs the network" in why
@@ -230,7 +244,9 @@ class TestEngines:
         found = cells[PRESET, "text"]["against_baseline"]["word_perplexity,none"]
         assert found["difference"] > 0.05 > 20 * abs(one["difference"])
 
-    def test_choices_show_two_bits_and_not_sixteen(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
+    def test_choices_show_two_bits_and_not_sixteen(
+        self, cells: dict[tuple[str, str], dict[str, Any]]
+    ) -> None:
         """Accuracy hides what the log-probability of the right choice shows."""
         base = cells["auto", "choices"]["arrays"][CHOICE][:, 0]
         assert len(base) == 5 and (base > math.log(0.5)).all()

@@ -42,7 +42,7 @@ class Measure:
     run: (engine, params, seed, outcome of the baseline or None) -> Outcome.
     columns: summary -> what the table shows, by column.
     details: the same for further tables, by title.
-    identity: params -> what a result depends on beside them; raises ValueError if they name what is not there.
+    identity: params -> what a result depends on beside them; ValueError if they name what is not there.
     prepare: (model, params) -> None, before an engine is started: loads what can be missing.
     """
 

@@ -89,7 +89,9 @@ class Params:
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot must not be negative, is {self.num_fewshot}")
         if self.repeats > 1 and not self.generation.get("do_sample"):
-            raise ValueError('repeats of greedy answers are all alike: set generation to {"do_sample": true, ...}')
+            raise ValueError(
+                'repeats of greedy answers are all alike: set generation to {"do_sample": true, ...}'
+            )
         if self.include and not Path(self.include).is_dir():
             raise ValueError(f"include: no folder {self.include}")
 
@@ -519,7 +521,10 @@ MEASURE = Measure(
     _engine,
     _run,
     _columns,
-    {"standard error, and the difference from the baseline on the same documents": _comparison, "by task": _by_task},
+    {
+        "standard error, and the difference from the baseline on the same documents": _comparison,
+        "by task": _by_task,
+    },
     identity=_identity,
     prepare=_prepare,
 )
