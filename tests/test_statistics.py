@@ -1,4 +1,4 @@
-"""Intervals and verdicts of paired differences, against likelihoods maximised by brute force and simulation."""
+"""Intervals and verdicts of paired differences, against a search for the likelihood and simulation."""
 
 from __future__ import annotations
 

@@ -165,14 +165,13 @@ ENGINE = {"dtype": "float16", "kv_cache_memory_bytes": 64 << 20, "enforce_eager"
 
 def suite_of(folder: Path) -> dict[str, Any]:
     by_token = {"measure": "lm_eval", "chunk": 1, "requests": 16, "max_model_len": 2048}
-    in_one = by_token | {"chunk": 2048, "requests": 4}
     small = by_token | {"chunk": 16}
+    text = by_token | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS}
     return {
         "engine": ENGINE,
         "cells": {
-            "text": by_token | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS},
-            "text in one chunk": in_one
-            | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS},
+            "text": text,
+            "text in one chunk": text | {"chunk": 2048, "requests": 4},
             "answers": small | {"task": "probe_retrieval_by_depth", "limit": 1},
             "choices": small | {"task": "probe_choice_by_depth", "limit": 1},
             "missing": small | {"task": "on_the_hub", "include": str(folder)},
@@ -182,7 +181,7 @@ def suite_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The command on auto, 16-bit vectors in our pages, and 2 bits, from a folder that is not the checkout."""
+    """The command on auto, 16-bit vectors in our pages and 2 bits, outside the checkout."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "hub.yaml").write_text(HUB_TASK)
     (folder / "suite.json").write_text(json.dumps(suite_of(folder)))
@@ -226,7 +225,7 @@ class TestEngines:
         assert f"{PRESET} " in child.stdout and "(n = 5)" in child.stdout
 
     def test_text_is_scored_off_the_pages(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
-        """Nats of each document are those of a forward pass over codes; in one chunk the cache does not show."""
+        """Nats of a document are those of a forward pass over codes; in one chunk no code shows."""
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False)

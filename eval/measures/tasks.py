@@ -90,7 +90,7 @@ class Params:
             raise ValueError(f"num_fewshot must not be negative, is {self.num_fewshot}")
         if self.repeats > 1 and not self.generation.get("do_sample"):
             raise ValueError(
-                'repeats of greedy answers are all alike: set generation to {"do_sample": true, ...}'
+                'repeats of greedy answers are alike: set generation to {"do_sample": true, ...}'
             )
         if self.include and not Path(self.include).is_dir():
             raise ValueError(f"include: no folder {self.include}")
@@ -107,7 +107,7 @@ def _engine(params: Params) -> dict[str, Any]:
 
 @cache
 def _manager(include: str, metadata: str, defaults: bool) -> Any:
-    """lm-eval's index of tasks; reading its own thousands of files takes seconds, so that defaults says if."""
+    """lm-eval's index of tasks; defaults: with its own, thousands of files that take seconds to read."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as problem:
@@ -400,8 +400,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The summary of a cell: every metric with its standard error, by task, and against the baseline.
 
-    results: lm-eval's of one run, "all" by task and group and "higher_is_better" by task; its standard error is
-    taken where it has one of the whole, else that of the documents. Errors and differences of perplexities are of the mean of nats.
+    results: lm-eval's of one run, "all" by task and group and "higher_is_better" by task; its standard error
+    is taken where it has one of the whole, else that of the documents. Errors and differences of perplexities
+    are of the mean of nats.
     """
     primary = _primary(params, arrays, results)
     better = {
@@ -522,7 +523,7 @@ MEASURE = Measure(
     _run,
     _columns,
     {
-        "standard error, and the difference from the baseline on the same documents": _comparison,
+        "beside the baseline on the same documents": _comparison,
         "by task": _by_task,
     },
     identity=_identity,

@@ -28,7 +28,7 @@ def retrieval(**kwargs: Any) -> dict[str, datasets.Dataset]:
         for query in episode["queries"]:
             draw = random.Random(f"{episode['id']} {query['key']}")
             others = sorted(set(values.values()) - {query["answer"]})
-            choices = draw.sample(others, 3) + [query["answer"]]
+            choices = [*draw.sample(others, 3), query["answer"]]
             draw.shuffle(choices)
             rows.append(
                 {
@@ -70,7 +70,7 @@ def depth_4(docs: datasets.Dataset) -> datasets.Dataset:
 
 
 def text(**kwargs: Any) -> dict[str, datasets.Dataset]:
-    """Pieces of about PIECE characters of the held-out source files, cut at lines, a file's after another's."""
+    """Pieces of about PIECE characters of the held-out source files, cut at lines; of each file in turn."""
     pieces: list[list[dict[str, Any]]] = []
     for row in load_heldout():
         found, piece = [], ""
@@ -80,6 +80,5 @@ def text(**kwargs: Any) -> dict[str, datasets.Dataset]:
                 found.append({"source": row["source"], "text": piece})
                 piece = ""
         pieces.append(found)
-    # A piece of each file in turn, so that the first documents are of many files.
     longest = max(map(len, pieces))
     return _split([found[i] for i in range(longest) for found in pieces if i < len(found)])
