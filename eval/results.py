@@ -72,7 +72,7 @@ def fingerprint(model: str) -> str:
 
 def cell_key(model: str, dtype: str, cell: Cell, seed: int, baseline: str) -> dict[str, Any]:
     """All that a result depends on; baseline is the stem of the baseline's result, "" for itself."""
-    return {
+    key = {
         # The end of a folder's path: results can move to another machine.
         "model": "/".join(Path(model).parts[-2:]) if Path(model).is_dir() else model,
         "model_fingerprint": fingerprint(model),
@@ -85,6 +85,9 @@ def cell_key(model: str, dtype: str, cell: Cell, seed: int, baseline: str) -> di
         "seed": seed,
         "baseline": baseline,
     }
+    if identity := cell.measure.identity(cell.params):
+        key["identity"] = identity
+    return key
 
 
 def stem(key: dict[str, Any]) -> str:

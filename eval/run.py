@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vllm_polarquant.eval import results
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
-from vllm_polarquant.eval.suites import Cell, SuiteError, load_suite, suite_names
+from vllm_polarquant.eval.suites import Cell, load_suite, suite_names
 from vllm_polarquant.format import DEFAULT_PRESET
 
 BASELINE = "auto"
@@ -44,6 +44,7 @@ class Plan:
     engine: dict[str, Any]
     seed: int
     folder: Path
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def key(self, dtype: str, cell: Cell) -> dict[str, Any]:
         baseline = "" if dtype == BASELINE else results.stem(self.key(BASELINE, cell))
@@ -65,6 +66,7 @@ def run_dtype(plan: Plan, dtype: str, cells: list[Cell], progress: Progress, tas
         "dtype": dtype,
         "suite": plan.suite,
         "engine": plan.engine,
+        "changes": plan.changes,
         "seed": plan.seed,
         "folder": str(plan.folder),
         "keys": [plan.key(dtype, cell) for cell in cells],
@@ -90,6 +92,8 @@ def run_dtype(plan: Plan, dtype: str, cells: list[Cell], progress: Progress, tas
             event = json.loads(line)
             if event["event"] == "boot":
                 progress.update(task, description=f"{dtype}: starting an engine")
+            elif event["event"] == "prepare":
+                progress.update(task, description=f"{dtype}: loading {event['cell']}")
             elif event["event"] == "start":
                 progress.update(task, description=f"{dtype}: {event['cell']}")
             else:
@@ -133,7 +137,8 @@ def tables(plan: Plan) -> list[Table]:
         return found
 
     title = ", ".join(f"{name} {value}" for name, value in results.versions().items())
-    shown = [_rows_table(title, rows({cell.name: cell.measure.columns for cell in plan.cells}))]
+    overview = rows({cell.name: cell.measure.columns for cell in plan.cells})
+    shown = [_rows_table(title, overview)] if any(overview.values()) or not summaries else []
     for cell in plan.cells:
         for name, show in cell.measure.details.items():
             part = {dtype: row for dtype, row in rows({cell.name: show}).items() if row}
@@ -173,24 +178,37 @@ def main(
     ] = f"{BASELINE},{DEFAULT_PRESET}",
     suite: Annotated[
         str, typer.Option(help=f"{', '.join(suite_names())}, or a .json file of that form.")
-    ] = "probe",
+    ] = "local",
     out: Annotated[Path, typer.Option(help="Folder of results; what is finished there is kept.")] = Path(
         "eval-results"
     ),
     seed: Annotated[int, typer.Option(help="Of the engine.")] = 0,
     engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
+    limit: Annotated[
+        int | None, typer.Option(help="Documents of each lm-eval task, in place of the suite's number.")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Apply the chat template in lm-eval's tasks.")
+    ] = None,
+    think_end: Annotated[
+        str | None, typer.Option(help="Text that ends a reasoning model's thinking, such as '</think>'.")
+    ] = None,
 ) -> None:
-    """Measure what KV cache dtypes do to a model: KL, perplexity, retrieval, greedy agreement.
+    """Measure what KV cache dtypes do to a model: KL, perplexity, retrieval, tasks of lm-eval.
 
     Exits with 0 if every cell has a result, 1 if some failed and 2 if the input is wrong.
     """
     dtypes = list(dict.fromkeys([BASELINE, *filter(None, map(str.strip, kv_cache_dtypes.split(",")))]))
     options = _engine_options(engine)
+    given = {"limit": limit, "chat": chat, "think_end": think_end}
+    changes = {name: value for name, value in given.items() if value is not None}
     try:
-        cells = load_suite(suite, options)
-    except SuiteError as problem:
+        cells = load_suite(suite, options, changes)
+        for cell in cells:
+            cell.measure.identity(cell.params)
+    except ValueError as problem:
         _fail(problem)
-    plan = Plan(_model(model), dtypes, suite, cells, options, seed, out)
+    plan = Plan(_model(model), dtypes, suite, cells, options, seed, out, changes)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

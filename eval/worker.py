@@ -1,8 +1,8 @@
 """One dtype in a process of its own: reads a job from stdin, runs its cells, reports on stdout.
 
 A dtype that crashes its process takes nobody with it. Cells with the same engine options share an engine.
-The job is JSON: model, dtype, seed, folder, and cells, each with its name, its suite, and its key and the
-baseline's stem. Reports are JSON lines; whatever else is printed goes to stderr.
+The job is JSON: model, dtype, seed, folder, the suite with what was changed of it, and the cells' keys, each
+with the baseline's stem. Reports are JSON lines; whatever else is printed goes to stderr.
 """
 
 from __future__ import annotations
@@ -29,10 +29,17 @@ def reason(problem: BaseException) -> str:
 def run_cells(job: dict[str, Any], report: Any) -> None:
     """Run the job's cells, grouped by engine, and report each as it ends."""
     folder = Path(job["folder"])
-    cells = {cell.name: cell for cell in load_suite(job["suite"], job["engine"])}
+    cells = {cell.name: cell for cell in load_suite(job["suite"], job["engine"], job["changes"])}
     groups: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
     for key in job["keys"]:
         cell = cells[key["cell"]]
+        try:
+            report({"event": "prepare", "cell": cell.name})
+            cell.measure.prepare(job["model"], cell.params)
+        except Exception as problem:
+            traceback.print_exc()
+            report({"event": "failed", "cell": cell.name, "reason": reason(problem)})
+            continue
         groups.setdefault(json.dumps(cell.engine, sort_keys=True), []).append((cell, key))
     for group in groups.values():
         waiting = [cell.name for cell, _ in group]
@@ -62,7 +69,7 @@ def main() -> None:
     # vLLM and its children print where they like: keep the reports' channel to ourselves.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if not Path(job["model"]).is_dir():
+    if not Path(job["model"]).is_dir() or any(key.get("identity", {}).get("hub") for key in job["keys"]):
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     use_in_process_engine()
 

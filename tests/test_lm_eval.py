@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import MODEL, child_env, questions, text_prompts
+from engine_runs import MODEL, child_env
 
 pytest.importorskip("lm_eval")
+
+from vllm_polarquant.eval.measures.tasks import FOLDER
 
 
 def has_vllm_metadata() -> bool:
@@ -33,36 +33,12 @@ pytestmark = [
     ),
 ]
 
-TASKS = {
-    "probe_retrieval": """
-task: probe_retrieval
-dataset_path: json
-dataset_kwargs: {data_files: {test: QUESTIONS}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["'"], max_gen_toks: 4, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-""",
-    "probe_text": """
-task: probe_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: TEXTS}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}]
-""",
-}
-
 EVALUATE = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-folder, model, tasks = sys.argv[1:4]
+out, folder, model, tasks = sys.argv[1:]
 results = simple_evaluate(
     model="vllm",
     model_args={
@@ -70,35 +46,32 @@ results = simple_evaluate(
         "kv_cache_dtype": "polarquant_k4v4",
         "enforce_eager": True,
         "kv_cache_memory_bytes": 64 << 20,
-        "max_model_len": 2048,
+        "max_model_len": 4096,
+        # Of long prompts, all but the last chunk is read off the pages.
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+        "long_prefill_token_threshold": 32,
     },
     tasks=tasks.split(","),
     task_manager=TaskManager(include_path=folder, include_defaults=False),
     batch_size="auto",
+    limit=8,
     bootstrap_iters=0,
 )
-with open(folder + "/results.json", "w") as out:
-    json.dump(results["results"], out)
+with open(out, "w") as file:
+    json.dump(results["results"], file)
 """
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The shipped tasks, from a folder that is not the checkout."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in questions(1000, 10)]
-    write_rows(folder / "questions.jsonl", rows)
-    write_rows(folder / "texts.jsonl", [{"text": text} for text in text_prompts(4, 2000)])
-    for name, task in TASKS.items():
-        task = task.replace("QUESTIONS", str(folder / "questions.jsonl"))
-        (folder / f"{name}.yaml").write_text(task.replace("TEXTS", str(folder / "texts.jsonl")))
+    out = folder / "results.json"
     child = subprocess.run(
-        [sys.executable, "-c", EVALUATE, str(folder), MODEL, ",".join(TASKS)],
-        env=child_env(HF_DATASETS_OFFLINE="1", HF_HOME=str(folder / "hf"))
-        | {"HF_DATASETS_CACHE": os.fspath(folder / "cache")},
+        [sys.executable, "-c", EVALUATE, str(out), str(FOLDER), MODEL, "probe_retrieval,probe_text"],
+        env=child_env(HF_HOME=str(folder / "hf")),
+        cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -107,7 +80,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert child.returncode == 0, child.stdout[-4000:]
     assert "polarquant_k4v4 (page format" in child.stdout
-    return json.loads((folder / "results.json").read_text())
+    return json.loads(out.read_text())
 
 
 def test_generation_scores_the_answers(results: dict[str, Any]) -> None:

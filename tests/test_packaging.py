@@ -19,7 +19,7 @@ PACKAGES = {
     "kernels": "vllm_polarquant/kernels",
     "eval": "vllm_polarquant/eval",
 }
-DATA = ("*.json", "tasks/*.yaml", "py.typed", "probe/data/*", "probe/model/*")
+DATA = ("*.json", "tasks/*.py", "tasks/*yaml", "py.typed", "probe/data/*", "probe/model/*")
 SKIPPED = (".*", "__pycache__", "build", "dist", "*.egg-info")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from vllm_polarquant.eval.measures import greedy, next_token, retrieval
+from vllm_polarquant.eval.measures import greedy, next_token, retrieval, tasks
 from vllm_polarquant.eval.measures.base import Measure, Outcome
 
 MEASURES: dict[str, Measure] = {
-    measure.name: measure for measure in (next_token.MEASURE, retrieval.MEASURE, greedy.MEASURE)
+    measure.name: measure
+    for measure in (next_token.MEASURE, retrieval.MEASURE, greedy.MEASURE, tasks.MEASURE)
 }
 
 __all__ = ["MEASURES", "Measure", "Outcome"]

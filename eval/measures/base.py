@@ -42,6 +42,8 @@ class Measure:
     run: (engine, params, seed, outcome of the baseline or None) -> Outcome.
     columns: summary -> what the table shows, by column.
     details: the same for further tables, by title.
+    identity: params -> what a result depends on beside them; ValueError if they name what is not there.
+    prepare: (model, params) -> None, before an engine is started: loads what can be missing.
     """
 
     name: str
@@ -50,3 +52,5 @@ class Measure:
     run: Callable[[LLM, Any, int, Outcome | None], Outcome]
     columns: Callable[[dict[str, Any]], dict[str, str]]
     details: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = field(default_factory=dict)
+    identity: Callable[[Any], dict[str, Any]] = lambda params: {}
+    prepare: Callable[[str, Any], None] = lambda model, params: None

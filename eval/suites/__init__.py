@@ -44,8 +44,15 @@ def _params(where: str, measure: Measure, given: dict[str, Any]) -> Any:
         raise SuiteError(f"{where}: {problem}") from None
 
 
-def load_suite(name: str, engine: dict[str, Any] | None = None) -> list[Cell]:
-    """The cells of a shipped suite, or of a JSON file of the same form; engine options are added to its own.
+def load_suite(
+    name: str, engine: dict[str, Any] | None = None, changes: dict[str, Any] | None = None
+) -> list[Cell]:
+    """The cells of a shipped suite, or of a JSON file of the same form.
+
+    Args:
+        name: of the suite, or a path that ends in .json.
+        engine: options added to the suite's own.
+        changes: parameters that replace those of every cell whose measure has them.
 
     Raises:
         SuiteError: naming the file, the cell and what is wrong.
@@ -71,7 +78,9 @@ def load_suite(name: str, engine: dict[str, Any] | None = None) -> list[Cell]:
         measure = MEASURES.get(cell.pop("measure", ""))
         if measure is None:
             raise SuiteError(f"{where}: 'measure' must be one of {', '.join(MEASURES)}")
-        params = _params(where, measure, cell)
+        known = {field.name for field in fields(measure.params)}
+        changed = {key: value for key, value in (changes or {}).items() if key in known}
+        params = _params(where, measure, cell | changed)
         found.append(Cell(label, measure, params, options | measure.engine(params)))
     if not found:
         raise SuiteError(f"{path} has no cells")

@@ -1,0 +1,266 @@
+"""Tasks of lm-eval as cells: what is kept of them, bad input, and the shipped tasks on real engines."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probe_reference
+import pytest
+import torch
+from engine_runs import child_env
+from tokenizers import Tokenizer
+from typer.testing import CliRunner
+
+pytest.importorskip("lm_eval")
+
+from vllm_polarquant.eval.cli import app
+from vllm_polarquant.eval.measures import Outcome, tasks
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.suites import load_suite, suite_names
+from vllm_polarquant.format import PRESETS
+
+PRESET = "polarquant_k2v2"
+CHOICE = f"{tasks.RIGHT_CHOICE},none"
+TEXTS = 3
+
+
+def sample(doc: int, **metrics: Any) -> dict[str, Any]:
+    row = {"doc_id": doc, "doc_hash": f"{doc:064d}", "filter": "none", "filtered_resps": ["x"], "target": "y"}
+    return row | {"metrics": [*metrics], **metrics}
+
+
+def test_outcomes_are_kept_by_document() -> None:
+    choice = {"filtered_resps": [(-1.0, False), (-3.0, False)], "target": "1"}
+    arrays = tasks.collect(
+        {
+            "a": [sample(1, acc=0.0) | choice, sample(0, acc=1.0) | choice | {"target": 0}],
+            "b": [sample(0, word_perplexity=(-30.0, 10), inst_level=[True, False, True])],
+            "c": [sample(0, **{"4096": -1, "8192": 0.5})],
+        }
+    )
+    assert [name.split("/")[:2] for name in arrays["documents"]] == [
+        ["a", "0"],
+        ["a", "1"],
+        ["b", "0"],
+        ["c", "0"],
+    ]
+    assert arrays["acc,none"].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0]]
+    assert arrays["word_perplexity,none"][2].tolist() == [30, 10]
+    assert arrays["inst_level,none"][2].tolist() == [2, 3]
+    assert arrays["4096,none"][3].tolist() == [0, 0] and arrays["8192,none"][3].tolist() == [0.5, 1]
+    right = [-math.log(1 + math.exp(-2)), -math.log(1 + math.exp(2))]
+    assert arrays[CHOICE][:2, 0] == pytest.approx(right)
+
+
+def test_a_summary_compares_the_same_documents_only() -> None:
+    def run(right: list[int]) -> dict[str, np.ndarray]:
+        return tasks.collect({"t": [sample(i, acc=float(r)) for i, r in enumerate(right)]})
+
+    params = tasks.Params("t")
+    results = {
+        "all": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.125}},
+        "higher_is_better": {"t": {"acc": True}},
+    }
+    base, have = run([1] * 8), run([0] * 7 + [1])
+    summary = tasks.summarise(params, have, results, Outcome({}, base))
+    assert summary["metrics"]["acc,none"]["value"] == 0.125
+    assert summary["metrics"]["acc,none"]["standard_error"] == 0.125
+    found = summary["against_baseline"]["acc,none"]
+    assert (found["changed"], found["difference"]) == (7, -0.875)
+    assert found["verdict"].startswith("worse by ") and found["verdict"].endswith("(n = 8)")
+    other = run([1] * 8)
+    other["documents"][3] = "t/3/changed"
+    with pytest.raises(RuntimeError, match="other documents"):
+        tasks.summarise(params, have, results, Outcome({}, other))
+    with pytest.raises(ValueError, match=r"no metric 'f1,none' by document; it has acc,none"):
+        tasks.summarise(tasks.Params("t", metric="f1,none"), have, results, None)
+
+
+@pytest.mark.parametrize("suite", suite_names())
+def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
+    """In the installed lm-eval, and prompts are longer than a chunk."""
+    for cell in load_suite(suite):
+        if cell.measure is not tasks.MEASURE:
+            continue
+        known = tasks.describe(cell.params.task)
+        assert known["tasks"] >= 1 and known["lm_eval"]
+        assert bool(known["hub"]) is not (suite == "local" or cell.params.task == "ruler")
+        assert cell.params.chunk <= 512 and cell.engine["long_prefill_token_threshold"] == cell.params.chunk
+        assert cell.engine["max_num_batched_tokens"] == cell.params.chunk * cell.params.requests
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"limit": 0}, "limit must be a positive number of documents, not 0"),
+        ({"repeats": 4}, "repeats of greedy answers are all alike"),
+        ({"chunk": 0}, "must be positive"),
+        ({"include": "/nowhere"}, "no folder /nowhere"),
+    ],
+)
+def test_bad_parameters_are_named(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tasks.Params("gsm8k", **given)
+
+
+def command(tmp_path: Path, cell: dict[str, Any], *arguments: str) -> Any:
+    suite = tmp_path / "mine.json"
+    suite.write_text(json.dumps({"cells": {"mine": {"measure": "lm_eval", **cell}}}))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["probe", "--suite", str(suite), "--out", str(out), *arguments])
+    assert result.exit_code == 2 and not out.exists()
+    return result.stderr
+
+
+def test_the_command_names_unknown_tasks_and_wrong_limits(tmp_path: Path) -> None:
+    assert "has no task 'gsm9k'" in command(tmp_path, {"task": "gsm9k"})
+    assert "limit must be a positive number of documents, not -3" in command(
+        tmp_path, {"task": "probe_text"}, "--limit", "-3"
+    )
+
+
+def test_the_command_says_how_to_install_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cached in (tasks.describe, tasks._manager):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert "pip install 'lm-eval" in command(tmp_path, {"task": "probe_text"})
+
+
+def test_results_are_named_by_the_task_itself(tmp_path: Path) -> None:
+    """A changed file beside a user's task, or another limit, is another result."""
+
+    def write(template: str) -> None:
+        (tmp_path / "mine.yaml").write_text(
+            f"task: mine\ndataset_path: json\noutput_type: generate_until\ndoc_to_text: '{template}'\n"
+        )
+        for cached in (tasks.describe, tasks._manager):
+            cached.cache_clear()
+
+    write("{{a}}")
+    first = tasks.describe("mine", str(tmp_path))
+    write("{{b}}")
+    assert tasks.describe("mine", str(tmp_path))["config"] != first["config"]
+    assert first["hub"] == []
+
+
+HUB_TASK = """
+task: on_the_hub
+dataset_path: nobody/no-such-data
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: [a, b]
+doc_to_target: 0
+"""
+
+ENGINE = {"dtype": "float16", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
+
+
+def suite_of(folder: Path) -> dict[str, Any]:
+    by_token = {"measure": "lm_eval", "chunk": 1, "requests": 16, "max_model_len": 2048}
+    small = by_token | {"chunk": 16}
+    text = by_token | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS}
+    return {
+        "engine": ENGINE,
+        "cells": {
+            "text": text,
+            "text in one chunk": text | {"chunk": 2048, "requests": 4},
+            "answers": small | {"task": "probe_retrieval_by_depth", "limit": 1},
+            "choices": small | {"task": "probe_choice_by_depth", "limit": 1},
+            "missing": small | {"task": "on_the_hub", "include": str(folder)},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The command on auto and on 2 bits, outside the checkout."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "hub.yaml").write_text(HUB_TASK)
+    (folder / "suite.json").write_text(json.dumps(suite_of(folder)))
+    command = [sys.executable, "-m", "vllm_polarquant.eval.cli", "probe", "--suite", "suite.json"]
+    command += ["--kv-cache-dtypes", PRESET, "--out", "out"]
+    env = child_env(HF_HOME=str(folder / "hf"))
+    return subprocess.run(
+        command, env=env, cwd=folder, capture_output=True, text=True, timeout=580, check=False
+    ), folder
+
+
+@pytest.fixture(scope="module")
+def cells(ran: tuple[subprocess.CompletedProcess[str], Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    found = {}
+    for path in (ran[1] / "out").glob("*.json"):
+        cell = json.loads(path.read_text())
+        with np.load(path.with_suffix(".npz")) as arrays:
+            found[cell["key"]["kv_cache_dtype"], cell["key"]["cell"]] = cell["summary"] | {
+                "arrays": dict(arrays)
+            }
+    return found
+
+
+slow = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class TestEngines:
+    pytestmark = slow
+
+    def test_a_task_without_its_data_fails_alone(
+        self, ran: tuple[subprocess.CompletedProcess[str], Path], cells: dict[tuple[str, str], dict[str, Any]]
+    ) -> None:
+        child, folder = ran
+        names = [name for name in suite_of(folder)["cells"] if name != "missing"]
+        assert set(cells) == {(dtype, name) for dtype in ("auto", PRESET) for name in names}, child.stderr
+        assert child.returncode == 1
+        (why,) = [line for line in child.stderr.splitlines() if line.startswith("failed: auto")]
+        assert "nobody/no-such-data" in why and "needs the network" in why
+        assert f"{PRESET} " in child.stdout and "(n = 5)" in child.stdout
+
+    def test_text_is_scored_off_the_pages(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """Nats of a document are those of a forward pass over codes; in one chunk no code shows."""
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False)
+        docs = manager.load(["probe_text"])["tasks"]["probe_text"].dataset["test"]
+        tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+        for dtype, vectors, tolerance in (("auto", (None, None), 0.002), (PRESET, PRESETS[PRESET], 0.03)):
+            want = []
+            for text in docs["text"][:TEXTS]:
+                ids = tokenizer.encode(text).ids
+                logprobs = probe_reference.logprobs(ids, *vectors)[:-1]
+                want.append(-logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).sum().item())
+            nats = cells[dtype, "text"]["arrays"]["word_perplexity,none"][:, 0]
+            assert nats == pytest.approx(want, rel=tolerance)
+        found = {
+            name: cells[PRESET, name]["against_baseline"]["word_perplexity,none"]["difference"]
+            for name in ("text", "text in one chunk")
+        }
+        assert found["text"] > 0.05 > 20 * abs(found["text in one chunk"])
+
+    def test_auto_is_the_same_in_chunks_and_in_one(
+        self, cells: dict[tuple[str, str], dict[str, Any]]
+    ) -> None:
+        chunked, whole = (
+            cells["auto", name]["arrays"]["word_perplexity,none"][:, 0]
+            for name in ("text", "text in one chunk")
+        )
+        assert chunked == pytest.approx(whole, rel=0.002)
+
+    def test_choices_show_two_bits(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """Accuracy may hide what the log-probability of the right choice shows."""
+        base, coarse = (cells[dtype, "choices"]["arrays"][CHOICE][:, 0] for dtype in ("auto", PRESET))
+        assert len(base) == 5 and (base > math.log(0.9)).all()
+        assert np.abs(coarse - base).max() > 0.01
+        assert cells[PRESET, "choices"]["against_baseline"][CHOICE]["changed"] == 5
+
+    def test_answers_are_generated_by_depth(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
+        summary = cells["auto", "answers"]
+        assert summary["metrics"]["exact_match,none"]["value"] == 1
+        assert list(summary["by_task"]) == [f"probe_retrieval_depth_{i}" for i in range(5)]
+        found = cells[PRESET, "answers"]["against_baseline"]["exact_match,none"]
+        assert found["verdict"].endswith("(n = 5)") and found["low"] < 0 < found["high"]
