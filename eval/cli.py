@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_polarquant.eval import distortion, run
+from vllm_polarquant.eval import accuracy, distortion, run
 
 
 class _ModelOrCommand(TyperGroup):
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("run")(run.main)
 app.command("distortion")(distortion.main)
+app.command("report")(accuracy.main)
 
 if __name__ == "__main__":
     app()
