@@ -19,20 +19,18 @@ import typer
 
 from vllm_polarquant.check import ConfigError, Shape, read_config, read_shape
 from vllm_polarquant.eval import dtypes, report, results
+from vllm_polarquant.eval.accuracy_plots import BASELINE, CAPTION, Z95, draw
 from vllm_polarquant.eval.measures import MEASURES
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report import Report, Section
 from vllm_polarquant.format import DEFAULT_PRESET, is_polar_dtype
 
-BASELINE = "auto"
 TITLE = "Accuracy"
 RUN_FILE = "run.json"
 BAD_INPUT = 2
 
 NEAR = 0.1
 """Dtypes whose bytes differ by no more than this share are compared as equally large."""
-
-Z95 = 1.96
 
 _IDENTITY = ("model", "model_fingerprint", "versions", "seed")
 _PER_ITEM = ("items", "same_tokens")
@@ -265,11 +263,11 @@ def _kl_verdicts(found: Report) -> list[str]:
         elif good := [other for other in others if scored[other]["kl"] <= scored[name]["kl"]]:
             best = min(good, key=lambda other: sizes[other])
             said.append(
-                f"{kl}; no other dtype is within {NEAR:.0%} of its size; the smallest other one that loses "
-                f"no more is `{best}` ({sizes[best]:,} bytes)."
+                f"{kl}; no other dtype is within {100 * NEAR:g} % of its size; the smallest other one that "
+                f"loses no more is `{best}` ({sizes[best]:,} bytes)."
             )
         elif others:
-            said.append(f"{kl}; no other dtype is within {NEAR:.0%} of its size, and none loses less.")
+            said.append(f"{kl}; no other dtype is within {100 * NEAR:g} % of its size, and none loses less.")
     return said
 
 
@@ -439,7 +437,7 @@ def sections(found: Report, plots: dict[str, str]) -> list[Section]:
         made.append(Section("In short", (), (), "\n".join(f"* {line}" for line in said)))
     made.append(_main_table(found))
     if "bytes" in image:
-        made.append(Section("Accuracy against bytes", (), (), image["bytes"]))
+        made.append(Section("Accuracy against bytes", (), (), f"{image['bytes']}\n\n{CAPTION}"))
     if "position" in image:
         made.append(Section("KL by position", (), (), image["position"]))
     if "retrieval" in image:
@@ -449,10 +447,8 @@ def sections(found: Report, plots: dict[str, str]) -> list[Section]:
 
 def write(stem: Path, found: Report) -> list[str]:
     """Write STEM.json, STEM.md and STEM-*.png; their paths."""
-    from vllm_polarquant.eval import accuracy_plots
-
     saved = report.save(stem, found)
-    drawn = accuracy_plots.draw(stem, found)
+    drawn = draw(stem, found)
     page = report.path_of(stem, "md")
     names = {kind: path.name for kind, path in drawn.items()}
     page.write_text(report.markdown(TITLE, found, sections(found, names)), encoding="utf-8")

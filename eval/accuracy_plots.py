@@ -10,7 +10,10 @@ from vllm_polarquant.eval.measures.retrieval import DEPTHS
 from vllm_polarquant.eval.report import Report, path_of
 
 BASELINE = "auto"
-DPI = 110
+Z95 = 1.96
+CAPTION = "In the plots `k4v4` is `polarquant_k4v4`, `tq` is `turboquant` and `@every` is `@every-layer`."
+DPI = 100
+_MARKERS = "os^vDPX*"
 _AROUND = [
     (far * dx, far * dy)
     for far in (7, 16, 27, 40)
@@ -20,7 +23,7 @@ _AROUND = [
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("polarquant_").replace("turboquant_", "tq_").replace("_per_token_head", "_pth")
+    return name.removeprefix("polarquant_").replace("turboquant_", "tq_").removesuffix("-layer")
 
 
 def _colours(found: Report, names: list[str]) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def _colours(found: Report, names: list[str]) -> dict[str, Any]:
     for ours, ramp in ((True, "YlOrRd"), (False, "GnBu")):
         some = [n for n in names if found["dtypes"][n]["ours"] is ours and n != BASELINE]
         for i, name in enumerate(some):
-            share = 0.95 - 0.5 * i / max(1, len(some) - 1)
+            share = 0.95 - 0.45 * i / max(1, len(some) - 1)
             colours[name] = matplotlib.colormaps[ramp](share)
     return colours
 
@@ -85,81 +88,87 @@ def _summaries(found: Report, measure: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _bytes(path: Path, found: Report) -> bool:
-    """KL and perplexity against bytes a token."""
+    """KL, and how much the perplexity rises, against bytes a token."""
     import matplotlib.pyplot as plt
 
     cells = _summaries(found, "next_token")
     if not cells:
         return False
     cell, scored = cells[0]
-    sizes = {name: found["dtypes"][name]["bytes"] for name in scored if found["dtypes"][name]["bytes"]}
-    kl = {name: scored[name]["kl"] for name in sizes if scored[name].get("kl", 0) > 0}
-    perplexity = {name: scored[name]["perplexity"] for name in sizes}
+    sizes = {name: size for name in scored if (size := found["dtypes"][name]["bytes"])}
     figure, places = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-    errors = {name: 1.96 * scored[name]["kl_standard_error"] for name in kl}
-    panels = (
-        (places[0], kl, errors, f"KL from {BASELINE}, nats a token"),
-        (places[1], perplexity, {}, "perplexity"),
-    )
-    for axes, values, error, label in panels:
+    kl = {
+        name: (s["kl"], Z95 * s["kl_standard_error"])
+        for name in sizes
+        if (s := scored[name]).get("kl", 0) > 0
+    }
+    rise = {
+        name: (math.expm1(s["nll_difference"]), Z95 * s["nll_difference_standard_error"])
+        for name in sizes
+        if "nll_difference" in (s := scored[name])
+    }
+    places[0].set_yscale("log")
+    # The differences of small models fall on either side of zero.
+    places[1].set_yscale("symlog", linthresh=0.01, linscale=0.6)
+    if BASELINE in sizes:
+        places[1].plot([sizes[BASELINE]], [0], "k*", markersize=10)
+        places[1].axhline(0, color="black", linewidth=0.6, linestyle=":")
+    for axes, values in zip(places, (kl, rise), strict=True):
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        points = []
-        for ours, colour, marker, name in (
+        points: list[tuple[float, float, str, Any]] = []
+        for ours, colour, marker, label in (
             (True, "#c8401a", "o", "polarquant"),
             (False, "#1f6fa8", "s", "vLLM's own"),
         ):
-            some = [n for n in values if found["dtypes"][n]["ours"] is ours and n != BASELINE]
-            if some:
-                x, y = [sizes[n] for n in some], [values[n] for n in some]
-                axes.plot(x, y, marker, color=colour, label=name, markersize=6)
-                if error:
-                    low = [min(error[n], values[n] * 0.9) for n in some]
-                    axes.errorbar(
-                        x,
-                        y,
-                        [low, [error[n] for n in some]],
-                        color=colour,
-                        fmt="none",
-                        linewidth=0.9,
-                        alpha=0.6,
-                    )
-            points += [(sizes[n], values[n], _short(n), colour) for n in some]
-        if BASELINE in values:
-            axes.plot([sizes[BASELINE]], [values[BASELINE]], "k*", markersize=10)
-            axes.axhline(values[BASELINE], color="black", linewidth=0.6, linestyle=":")
-            points.append((sizes[BASELINE], values[BASELINE], BASELINE, "black"))
+            some = [name for name in values if found["dtypes"][name]["ours"] is ours]
+            if not some:
+                continue
+            x, y, error = [sizes[n] for n in some], [values[n][0] for n in some], [values[n][1] for n in some]
+            # A logarithmic axis has no place for the lower end of a wide interval.
+            low = [min(e, 0.9 * value) for e, value in zip(error, y, strict=True)] if values is kl else error
+            bars = {"color": colour, "fmt": "none", "linewidth": 0.9, "alpha": 0.6}
+            axes.plot(x, y, marker, color=colour, label=label, markersize=6)
+            axes.errorbar(x, y, [low, error], **bars)
+            points += [(sizes[n], values[n][0], _short(n), colour) for n in some]
+        if values is rise and BASELINE in sizes:
+            points.append((sizes[BASELINE], 0, BASELINE, "black"))
         axes.margins(0.14)
+        _plain_ticks(axes, list(sizes.values()), percent=values is rise)
         axes.set_xlabel("bytes of keys and values a token")
-        axes.set_ylabel(label)
-        _plain_ticks(axes, list(sizes.values()))
         axes.grid(alpha=0.25, which="both", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
+        if points:
             axes.legend(fontsize=9, loc="upper right")
         _place_labels(axes, points)
-    places[0].set_title(
-        f"down and to the left is better ({found['environment']['model']}, {cell})", fontsize=10
-    )
-    places[1].set_title("dotted: the 16-bit cache", fontsize=10)
+    places[0].set_ylabel(f"KL from {BASELINE}, nats a token")
+    places[1].set_ylabel(f"perplexity above {BASELINE}'s (linear below 1 %)")
+    model = found["environment"]["model"]
+    places[0].set_title(f"{model}, {cell}: down and to the left is better", fontsize=10)
+    if BASELINE in scored:
+        places[1].set_title(f"star: {BASELINE}, perplexity {scored[BASELINE]['perplexity']:.3f}", fontsize=10)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return True
 
 
-def _plain_ticks(axes: Any, sizes: list[float]) -> None:
+def _plain_ticks(axes: Any, sizes: list[float], percent: bool) -> None:
     """Numbers in full on both axes, where decades alone would leave a short axis without any."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-    low, high = math.log2(min(sizes)), math.log2(max(sizes))
-    base = max(sizes)
-    ticks = [base / 2**i for i in range(int(high - low) + 2)]
+    largest = max(sizes)
+    ticks = [largest / 2**i for i in range(int(math.log2(largest / min(sizes))) + 2)]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if percent:
+        steps = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+        axes.yaxis.set_major_locator(FixedLocator([-0.02, -0.01, -0.005, 0, 0.005, *steps]))
+        axes.yaxis.set_minor_locator(FixedLocator([]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:+g} %" if y else "0"))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _position(path: Path, found: Report) -> bool:
@@ -178,21 +187,19 @@ def _position(path: Path, found: Report) -> bool:
     )
     for axes, (cell, scored) in zip(places.flat, cells, strict=True):
         colours = _colours(found, list(scored))
-        edges: list[int] = []
-        for name, summary in sorted(scored.items(), key=lambda item: -item[1]["by_position"][-1]["kl"]):
-            parts = [part for part in summary["by_position"] if part.get("kl", 0) > 0]
-            edges = [part["to"] for part in summary["by_position"]]
+        labels: list[str] = []
+        ranked = sorted(scored.items(), key=lambda item: -item[1]["by_position"][-1]["kl"])
+        for i, (name, summary) in enumerate(ranked):
+            parts = summary["by_position"]
+            labels = [f"{part['from']}-{part['to'] - 1}" for part in parts]
+            heights = [part["kl"] if part["kl"] > 0 else math.nan for part in parts]
+            style = {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 5, "linewidth": 1.3}
             dashed = "-" if found["dtypes"][name]["ours"] else "--"
-            middle = [math.sqrt(max(part["from"], 1) * part["to"]) for part in parts]
-            heights = [part["kl"] for part in parts]
-            axes.plot(
-                middle, heights, dashed, marker="o", markersize=4, color=colours[name], label=_short(name)
-            )
-        axes.set_xscale("log")
+            axes.plot(range(len(parts)), heights, dashed, color=colours[name], label=_short(name), **style)
         axes.set_yscale("log")
-        axes.set_xticks(edges, [str(edge) for edge in edges])
-        axes.minorticks_off()
-        axes.set_xlabel("tokens of context (each point: one stretch, at its geometric middle)")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.margins(x=0.03)
+        axes.set_xlabel("tokens of context")
         axes.set_ylabel(f"KL from {BASELINE}, nats a token")
         axes.set_title(cell, fontsize=10)
         axes.grid(alpha=0.25, linewidth=0.5)
@@ -221,7 +228,7 @@ def _retrieval(path: Path, found: Report) -> bool:
     figure, places = plt.subplots(
         lines,
         columns,
-        figsize=(2.6 * columns + 0.8, 2.35 * lines + 0.4),
+        figsize=(2.4 * columns + 0.8, 1.9 * lines + 0.4),
         layout="constrained",
         squeeze=False,
         sharex=True,
@@ -235,15 +242,15 @@ def _retrieval(path: Path, found: Report) -> bool:
         for part in grid:
             row, column = round(part["depth"][0] * DEPTHS), pairs.index(tuple(part["pairs"]))
             shares[row][column] = part["right"] / part["of"]
-            dark = shares[row][column] < 0.35
+            dark = abs(shares[row][column] - 0.5) > 0.35
             text = f"{part['right']}/{part['of']}"
             axes.text(
-                column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black"
+                column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
             )
-        drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_title(f"{_short(name)}  {summary['right']}/{summary['of']}", fontsize=9)
+        drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
+        axes.set_title(f"{_short(name)}  {summary['right']}/{summary['of']}", fontsize=8.5)
         labels = [f"{low}+" if high is None else f"{low}-{high - 1}" for low, high in pairs]
-        axes.set_xticks(range(len(pairs)), labels, fontsize=7)
+        axes.set_xticks(range(len(pairs)), labels, fontsize=8)
         depths = [f"{row / DEPTHS:.0%}-{(row + 1) / DEPTHS:.0%}" for row in range(DEPTHS)]
         axes.set_yticks(range(DEPTHS), depths, fontsize=7)
         axes.tick_params(length=0)
@@ -252,7 +259,7 @@ def _retrieval(path: Path, found: Report) -> bool:
     figure.supylabel("depth of the pair that is asked for", fontsize=9)
     if drawn is not None:
         figure.colorbar(drawn, ax=places, shrink=0.7, label="right answers", aspect=30)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=0.85 * DPI)
     plt.close(figure)
     return True
 

@@ -55,7 +55,7 @@ def _backend(name: str, head_dim: int) -> Any:
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    wanted = AttentionSelectorConfig(head_dim, torch.float16, name, None)  # type: ignore[arg-type]
+    wanted = AttentionSelectorConfig(head_dim, torch.float16, name, None)
     path = current_platform.get_attn_backend_cls(None, wanted)
     backend = resolve_obj_by_qualname(path)
     # The CPU platform has one backend for every name, and that one would not notice.
