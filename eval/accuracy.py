@@ -126,8 +126,8 @@ def _one_set(cells: list[dict[str, Any]], model: str | None) -> tuple[list[dict[
     chosen = []
     for name, same in kept.items():
         # One cell's name with other parameters, of another suite, is another measurement.
-        last = _identity(same[-1]["key"], ("params", "engine"))
-        current = [cell for cell in same if _identity(cell["key"], ("params", "engine")) == last]
+        last = _identity(same[-1]["key"], ("params", "engine", "identity"))
+        current = [cell for cell in same if _identity(cell["key"], ("params", "engine", "identity")) == last]
         if len(current) < len(same):
             notes.append(f"Set aside: {len(same) - len(current)} older results of {name}, other parameters.")
         chosen += current
