@@ -10,13 +10,18 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-.PHONY: help setup demo test lint bench
+# What `make eval` runs, and the folder of its results.
+SUITE ?= probe
+RESULTS ?= eval-results
+
+.PHONY: help setup demo test lint bench eval
 
 help:
 	@echo "make demo    run the shipped model with bf16 and with polar-coded pages and compare"
 	@echo "make test    lint, then every test"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   kernels and engine beside bf16, fp8 and vLLM's 4-bit caches (needs an NVIDIA GPU)"
+	@echo "make eval    accuracy of every KV cache dtype that runs here on the shipped model, and a report"
 	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
 
 setup: $(READY)
@@ -32,6 +37,17 @@ bench: $(READY)
 	else \
 		echo "No NVIDIA GPU: there is nothing to measure here. make test tries the benchmarks on tiny shapes."; \
 	fi
+
+# Exits with 1 if a dtype failed, after the report that says so. Only a GPU has vLLM's other 4-bit caches, so
+# that alone writes the committed page.
+eval: $(READY)
+	@if nvidia-smi -L >/dev/null 2>&1; then page=docs/accuracy; else page=$(RESULTS)/accuracy; fi; \
+	status=0; \
+	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/polarquant-eval probe \
+		--kv-cache-dtypes all --suite $(SUITE) --out $(RESULTS) || status=$$?; \
+	test $$status -le 1 || exit $$status; \
+	$(BIN)/polarquant-eval report $(RESULTS) --out $$page; \
+	exit $$status
 
 test: lint
 	$(BIN)/pytest

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_polarquant.eval import distortion, hard_keys, run
+from vllm_polarquant.eval import accuracy, distortion, hard_keys, run
 
 
 class _ModelOrCommand(TyperGroup):
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.command("run")(run.main)
 app.command("distortion")(distortion.main)
 app.command("hard-keys")(hard_keys.main)
+app.command("report")(accuracy.main)
 
 if __name__ == "__main__":
     app()

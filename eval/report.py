@@ -145,7 +145,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table with what must be known to read it, and the panels drawn from it."""
+    """A titled table (none without a header), what must be known to read it, and panels drawn from it."""
 
     title: str
     header: Sequence[str]
@@ -169,7 +169,8 @@ def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
     facts = ", ".join(f"{name} {fact}" for name, fact in report["environment"].items())
     parts = [f"# {title}", facts, f"`{report['command']}`"]
     for section in sections:
-        parts += [f"## {section.title}", markdown_table(section.header, section.rows)]
+        parts += [f"## {section.title}"]
+        parts += [markdown_table(section.header, section.rows)] if section.header else []
         parts += [section.note] if section.note else []
     return "\n\n".join(parts) + "\n"
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_polarquant.eval import results
+from vllm_polarquant.check import ConfigError
+from vllm_polarquant.eval import accuracy, dtypes, results
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import Cell, load_suite, suite_names
 from vllm_polarquant.format import DEFAULT_PRESET
@@ -174,7 +175,10 @@ def main(
     ],
     kv_cache_dtypes: Annotated[
         str,
-        typer.Option(help=f"Comma-separated; {BASELINE}, the baseline, is always among them."),
+        typer.Option(
+            help=f"Comma-separated; {BASELINE}, the baseline, is always among them. {dtypes.ALL!r} stands "
+            "for every one that this machine can run, vLLM's own too."
+        ),
     ] = f"{BASELINE},{DEFAULT_PRESET}",
     suite: Annotated[
         str, typer.Option(help=f"{', '.join(suite_names())}, or a .json file of that form.")
@@ -198,7 +202,14 @@ def main(
 
     Exits with 0 if every cell has a result, 1 if some failed and 2 if the input is wrong.
     """
-    dtypes = list(dict.fromkeys([BASELINE, *filter(None, map(str.strip, kv_cache_dtypes.split(",")))]))
+    names = list(dict.fromkeys([BASELINE, *filter(None, map(str.strip, kv_cache_dtypes.split(",")))]))
+    left_out: dict[str, str] = {}
+    if dtypes.ALL in names:
+        try:
+            found_here, left_out = dtypes.ask_runnable(accuracy.model_shape(_model(model)).head_dim)
+        except (ConfigError, RuntimeError) as problem:
+            _fail(problem)
+        names = [name for name in dict.fromkeys([*names, *found_here]) if name != dtypes.ALL]
     options = _engine_options(engine)
     given = {"limit": limit, "chat": chat, "think_end": think_end}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -208,7 +219,7 @@ def main(
             cell.measure.identity(cell.params)
     except ValueError as problem:
         _fail(problem)
-    plan = Plan(_model(model), dtypes, suite, cells, options, seed, out, changes)
+    plan = Plan(_model(model), names, suite, cells, options, seed, out, changes)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -223,7 +234,7 @@ def main(
         TimeElapsedColumn(),
     )
     with Progress(*bars, console=Console(stderr=True)) as progress:
-        for dtype in dtypes:
+        for dtype in names:
             todo = plan.missing(dtype)
             done = len(cells) - len(todo)
             task = progress.add_task(dtype, total=len(cells), completed=done)
@@ -238,6 +249,9 @@ def main(
             progress.update(task, description=f"{dtype}: {'done' if not plan.missing(dtype) else 'failed'}")
     for shown in tables(plan):
         console.print(shown)
+    accuracy.note_run(out, left_out, failures)
+    for name, why in left_out.items():
+        typer.echo(f"left out: {name}: {why}", err=True)
     for (dtype, name), why in failures.items():
         typer.echo(f"failed: {dtype}, {name}: {why}", err=True)
     if failures:

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from vllm_polarquant.eval import results
+from vllm_polarquant.eval import dtypes, results
 from vllm_polarquant.eval.engine import engine, use_in_process_engine
 from vllm_polarquant.eval.suites import Cell, load_suite
 
@@ -45,7 +45,8 @@ def run_cells(job: dict[str, Any], report: Any) -> None:
         waiting = [cell.name for cell, _ in group]
         try:
             report({"event": "boot", "cells": waiting})
-            with engine(job["model"], job["dtype"], seed=job["seed"], **group[0][0].engine) as llm:
+            dtype = dtypes.prepare(job["dtype"])
+            with engine(job["model"], dtype, seed=job["seed"], **group[0][0].engine) as llm:
                 for cell, key in group:
                     report({"event": "start", "cell": cell.name})
                     started = time.perf_counter()
