@@ -11,7 +11,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 # What `make eval` runs, and the folder of its results.
-SUITE ?= probe
+SUITE ?= local
 RESULTS ?= eval-results
 
 .PHONY: help setup demo test lint bench eval
@@ -50,7 +50,7 @@ eval: $(READY)
 	exit $$status
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # mypy does not follow setuptools' package-dir, so it sees the packages where they are installed.
 lint: $(READY)

@@ -161,7 +161,7 @@ def native_layers(name: str, shape: Shape) -> int:
 def _slot_bytes(name: str, head_dim: int) -> int | None:
     """Bytes of a token's key and value in one kv head; None where vLLM's packing is not known here."""
     if name == "auto" or is_polar_dtype(name):
-        return Shape(1, 1, head_dim, None).token_bytes(name)
+        return Shape(1, 1, head_dim, None, 1).token_bytes(name)
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -277,7 +277,7 @@ def write_edit(model: Path, name: str, strength: float, layers: list[int], seed:
 class SkipPlan(Plan):
     """A plan whose engines keep layers in 16 bits, compared with the baseline of the plan without."""
 
-    plain: Plan
+    plain: Plan = field(kw_only=True)
 
     def key(self, dtype: str, cell: Cell) -> dict[str, Any]:
         (same,) = [other for other in self.plain.cells if other.name == cell.name]
@@ -288,9 +288,17 @@ class SkipPlan(Plan):
 def skip_plan(plain: Plan, layers: list[int]) -> SkipPlan:
     """The plan with `layers` in 16 bits."""
     engine = plain.engine | {"kv_cache_dtype_skip_layers": [str(layer) for layer in layers]}
-    cells = load_suite(plain.suite, engine)
-    dtypes = [dtype for dtype in plain.dtypes if dtype != BASELINE]
-    return SkipPlan(plain.model, dtypes, plain.suite, cells, engine, plain.seed, plain.folder, plain)
+    return SkipPlan(
+        plain.model,
+        [dtype for dtype in plain.dtypes if dtype != BASELINE],
+        plain.suite,
+        load_suite(plain.suite, engine, plain.changes),
+        engine,
+        plain.seed,
+        plain.folder,
+        plain.changes,
+        plain=plain,
+    )
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def _encode_polar(y, pair_bits, points, cells, tried, gain, back, codes):
     if gain == 1:
         return np.float32(norm / length / cos)
     if gain == 2:
-        return np.float32(norm / length * max(cos, MIN_FIT_GAIN))
+        return np.float32(norm / length * max(float(cos), MIN_FIT_GAIN))
     return np.float32(norm / length)
 
 
