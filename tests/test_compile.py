@@ -1,4 +1,4 @@
-"""Decode attention, PTX and all, compiled for GPUs that are not here."""
+"""Decode attention, PTX and all, and the store kernel, compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ CASES = [
     (90, "polarquant_k3v2", 96, 2),
     (120, "polarquant_k4v3", 128, 1),
     (120, "polarquant_k2v2", 128, 1),
+    (80, "polarquant_k2.5v2.5", 80, 0),
+    (90, "polarquant_k4v3", 128, 0),
 ]
 
 
 @pytest.mark.slow
-def test_decode_compiles_for_every_generation_and_can_be_launched() -> None:
+def test_kernels_compile_for_every_generation_and_can_be_launched() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_decode.py")
+    script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run(
         [sys.executable, script, json.dumps(CASES)], env=environment, capture_output=True, text=True
     )
@@ -40,7 +42,7 @@ def test_decode_compiles_for_every_generation_and_can_be_launched() -> None:
     for case, (static, dynamic, registers) in zip(CASES, json.loads(done.stdout), strict=True):
         reserved = RESERVED if case[0] >= 90 else 0
         programs = 2 if case[0] in (80, 90) else 1
-        assert static > reserved
+        assert static > reserved or dynamic > 0
         assert static - reserved + dynamic <= UNASKED or dynamic > UNASKED, case
         assert programs * (max(static, static - reserved + 1024) + dynamic) <= MULTIPROCESSOR[case[0]], case
         assert registers <= (128 if case[2] <= 128 and case[3] == 1 else 255), case

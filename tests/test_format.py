@@ -25,7 +25,9 @@ SLOT_BYTES = {
     "polarquant_k4v8": (100, 124, 148, 172, 196, 292, 388),
     "polarquant_k4v4": (68, 84, 100, 116, 132, 196, 260),
     "polarquant_k4v3": (60, 74, 88, 102, 116, 172, 228),
+    "polarquant_k3.5v3.5": (60, 74, 88, 102, 116, 172, 228),
     "polarquant_k3v3": (52, 64, 76, 88, 100, 148, 196),
+    "polarquant_k2.5v2.5": (44, 54, 64, 74, 84, 124, 164),
     "polarquant_k3v2": (44, 54, 64, 74, 84, 124, 164),
     "polarquant_k2v2": (36, 44, 52, 60, 68, 100, 132),
     LOSSLESS: (260, 324, 388, 452, 516, 772, 1028),
@@ -78,7 +80,7 @@ def test_default_page_in_numbers():
 
 def test_cache_id_tells_formats_apart():
     assert len({fmt.cache_id for fmt in EVERY_FORMAT}) == len(EVERY_FORMAT)
-    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v1-d128-b16-s42"
+    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v2-d128-b16-s42"
 
 
 @pytest.mark.parametrize(

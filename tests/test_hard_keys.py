@@ -212,33 +212,6 @@ def test_excess_is_the_noise_that_the_codec_adds(name: str, models: dict[str, Pa
         assert after / before == pytest.approx(layer.excess, rel=0.15 if name == "uneven" else 0.5)
 
 
-def test_named_layers_cost_and_others_do_not(tmp_path: Path) -> None:
-    """The loss of the whole model by the bits that two of its layers lose; `pytest -rP` shows the table."""
-    rows = token_rows(AutoTokenizer.from_pretrained(str(MODEL_DIR)), HELDOUT, 4, 256)
-
-    def loss(folder: Path) -> float:
-        exact, stored = (
-            [probe_reference.forward(row, *vectors, model=folder)[0] for row in rows]
-            for vectors in ((None, None), PRESETS["polarquant_k4v4"])
-        )
-        return sum(map(kl, exact, stored)) / len(rows)
-
-    unedited = loss(MODEL_DIR)
-    print(f"none {unedited:.4f}")
-    for name, strengths in (("uneven", (3, 6, 10)), ("bias", (10, 20, 50))):
-        losses = [unedited]
-        for strength in strengths:
-            folder = write_edit(MODEL_DIR, name, strength, EDITED, 0, tmp_path)
-            bits = [layer.bits_lost for layer in judge(folder).layers if layer.layer in EDITED]
-            losses.append(loss(folder))
-            print(f"{name}:{strength} bits lost {bits[0]:.2f}, {bits[1]:.2f}: KL {losses[-1]:.4f}")
-            if max(bits) < MAX_BITS_LOST:
-                assert losses[-1] < 1.2 * unedited
-            else:
-                assert losses[-1] > 1.2 * unedited
-        assert losses == sorted(losses)
-
-
 def rewrite(
     folder: Path,
     out: Path,

@@ -99,7 +99,7 @@ def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
     ("given", "words"),
     [
         ({"limit": 0}, "limit must be a positive number of documents, not 0"),
-        ({"repeats": 4}, "repeats of greedy answers are all alike"),
+        ({"repeats": 4}, "repeats of greedy answers are alike"),
         ({"chunk": 0}, "must be positive"),
         ({"include": "/nowhere"}, "no folder /nowhere"),
     ],

@@ -471,7 +471,8 @@ def _log_layers(vllm_config: VllmConfig, fmt: PolarFormat, num_kv_heads: int, la
 
 
 def _backend_of(preset: str) -> type[PolarQuantBackend]:
-    name = "Backend_" + preset
+    # vLLM takes the last dot of the path for the end of the module's name.
+    name = "Backend_" + preset.replace(".", "_")
     # vLLM finds a backend by its module and name, so each subclass is an attribute of this module.
     backend = type(
         name,

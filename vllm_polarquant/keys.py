@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_BITS_LOST = 0.5
-"""From here on a layer is named. Half a bit is an excess of 2; docs/hard-keys.md has the loss at each."""
+"""From here on a layer is named. Half a bit is an excess of 2; docs/hard-keys.md has what that costs."""
 
 ASSUMED_POWER = 1.0
 """Of a key's channel without its bias, where k_proj.weight itself is quantised and cannot be judged."""

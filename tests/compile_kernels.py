@@ -1,0 +1,84 @@
+"""Compile kernels for GPUs that are not here; run as a script, as the tests interpret Triton.
+
+    python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
+
+takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel) and prints,
+as JSON, the bytes of static and of dynamic shared memory and the registers a thread of each.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_polarquant.format import PolarFormat
+from vllm_polarquant.kernels import decode, store, tuning
+from vllm_polarquant.kernels.page import page_constants
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+WARPS = 8
+POINTERS = {
+    "query": "*bf16", "out": "*bf16", "cache": "*u8", "block_table": "*i32", "seq_lens": "*i32",
+    "query_start_loc": "*i32", "rotation": "*fp32", "key_lut": "*i32", "value_lut": "*i32",
+    "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16", "value": "*bf16",
+    "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
+}  # fmt: skip
+SCALARS = {"block_stride": "i64", "table_stride": "i32", "splits": "i32", "scale_log2": "fp32"}
+
+
+def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The kernel of decode attention, its constants and its launch options."""
+    head_dim = fmt.head_dim
+    constants = {
+        "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ROW_BLOCKS": 1,
+        "SETS": sets, "WARPS": WARPS, "COPIES": 32 if capability in (80, 90) else 16,
+        "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
+    }  # fmt: skip
+    options = {"num_warps": WARPS, "maxnreg": 128 if sets == 1 and head_dim <= 128 else None}
+    return decode._split_kernel, constants, options
+
+
+def store_kernel(fmt: PolarFormat) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The kernel of store_kv for few tokens, its constants and its launch options."""
+    config = tuning.config("store_few", fmt, torch.device("cpu"))
+    constants = {
+        "NUM_HEADS": 8, "KEY_GAIN": fmt.key.gain, "VALUE_GAIN": fmt.value.gain,
+        "BLOCK_VECTORS": config["block_vectors"], "BLOCK_K": config["block_k"],
+        "SCRATCH_WORDS": store._scratch_words(fmt, config["block_vectors"]), **page_constants(fmt),
+    }  # fmt: skip
+    return store._store_kernel, constants, {"num_warps": config["num_warps"]}
+
+
+def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int]:
+    """Static and dynamic shared memory in bytes, registers a thread."""
+    fmt = PolarFormat(preset, head_dim, 16)
+    kernel, constants, options = decode_kernel(capability, fmt, sets) if sets else store_kernel(fmt)
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name) or SCALARS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS}
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
+    return found["SHARED"], compiled.metadata.shared, found["REG"]
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_one(*row) for row in json.loads(sys.argv[1])]))
