@@ -1,7 +1,8 @@
 """Encode new keys and values into their slots: rotate, search, pack, all in one launch.
 
-The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best path
-that leads there and, as bits, the path's last states.
+The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best
+path that leads there and, as bits, the path's last states. Wide codes try the branches that
+codec.search_cells names, narrow ones all.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ _ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
 # The same for costs, as integers of 2**-14: below 256, as a point is at most 6 and a pair 16 long.
 _COST_ROUNDER = tl.constexpr(1.5 * 2.0**9)
 _COST_ROUNDER_BITS = tl.constexpr(0x44400000)
-# More than any path's cost, which 2**-14 and a state number below it make at most 2**26: a path costs half its
-# squared distance less half the squared length, which is head_dim.
+# More than a path can cost: half its squared distance, less half the vector's squared length, is below 512,
+# which with a state in the low bits makes 2**26.
 _UNREACHED = tl.constexpr(1 << 28)
 _WINDOW = tl.constexpr(8)
-"""Pairs whose states a lane keeps in one word. It divides every head_dim / 2, and nine states have 27 bits."""
+"""Pairs whose states a lane keeps in one word: nine states have up to 27 bits."""
 
 
 class EncoderTables(Protocol):
@@ -197,10 +198,21 @@ def _branch(row, new, old, INDEX: tl.constexpr, CODE: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def _cost(point, x, y, DTYPE: tl.constexpr):
-    """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER."""
+def _unpack(point, DTYPE: tl.constexpr):
+    """A packed point's coordinates, and half its squared length plus _COST_ROUNDER."""
     px, py = _halves(point, DTYPE)
-    return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
+    return px, py, 0.5 * (px * px + py * py) + _COST_ROUNDER
+
+
+@triton.jit
+def _cost(point, x, y, PACKED: tl.constexpr, DTYPE: tl.constexpr):
+    """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER; point: packed, or of _unpack."""
+    if PACKED:
+        px, py = _halves(point, DTYPE)
+        return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
+    else:
+        px, py, half_norm = point
+        return (half_norm - px * x) - py * y
 
 
 @triton.jit
@@ -217,10 +229,10 @@ def _search(
 ):
     """Viterbi's algorithm on vectors in scratch.
 
-    scratch: packed points of the model's type, int32 [2**(CODE + BITS)], and from COORDINATES on the vectors' pairs
-    as float16, [HALF_PAD, VECTORS]. Written: from PATHS on the best path to each state after eight pairs, [HALF / 8,
-    VECTORS, states], as the state before the eight and those after each, the last one lowest; then the best path
-    of all, [HALF / 8, VECTORS].
+    scratch: packed points of the model's type, int32 [2**(CODE + BITS)], and from COORDINATES on the vectors'
+    pairs as float16, [HALF_PAD, VECTORS]. Written: from PATHS on the best path to each state after eight
+    pairs, [HALF / 8, VECTORS, states], as the state before the eight and those after each, the last one
+    lowest; then the best path of all, [HALF / 8, VECTORS].
     """
     STATES: tl.constexpr = 1 << BITS
     BRANCHES: tl.constexpr = STATES * TRIED
@@ -240,8 +252,7 @@ def _search(
     if TRY_ALL:
         for b in tl.static_range(BRANCHES):
             window = _branch(0, tl.arange(0, STATES)[None, :], b // TRIED, b % TRIED, CODE, BITS, TRIED)
-            px, py = _halves(_get(scratch, window), DTYPE)
-            points = points + ((px, py, 0.5 * (px * px + py * py) + _COST_ROUNDER),)
+            points = points + (_unpack(_get(scratch, window), DTYPE),)
     else:
         # Points are loaded one pair ahead, and which points, from a table too large for L1, four.
         rows = ()
@@ -249,7 +260,8 @@ def _search(
             x, y = _halves(_get(scratch, source + first * VECTORS), tl.float16)
             rows = rows + (_row(cells, x, y, new, BITS, TRY_ALL),)
         for b in tl.static_range(BRANCHES):
-            points = points + (_get(scratch, _branch(rows[0], new, b // TRIED, b % TRIED, CODE, BITS, TRIED)),)
+            window = _branch(rows[0], new, b // TRIED, b % TRIED, CODE, BITS, TRIED)
+            points = points + (_get(scratch, window),)
         row, row1, row2 = rows[1], rows[2], rows[3]
         ahead = _get(scratch, source + 4 * VECTORS)
     for k in tl.range(WINDOWS):
@@ -259,17 +271,12 @@ def _search(
             x, y = _halves(this, tl.float16)
             this = _get(scratch, source + tl.minimum(j + 1, HALF - 1) * VECTORS)
             best = new
-            for b in tl.static_range(BRANCHES):
-                if TRY_ALL:
-                    px, py, half_norm = points[b]
-                    one = (half_norm - px * x) - py * y
-                else:
-                    one = _cost(points[b], x, y, DTYPE)
-                branch = one if b % TRIED == 0 else tl.minimum(branch, one)
-                if b % TRIED == TRIED - 1:
-                    from_old = tl.gather(cost, new * 0 + b // TRIED, 1)
-                    total = (branch.to(tl.int32, bitcast=True) << BITS) + from_old
-                    best = total if b // TRIED == 0 else tl.minimum(best, total)
+            for old in tl.static_range(STATES):
+                branch = _cost(points[old * TRIED], x, y, not TRY_ALL, DTYPE)
+                for other in tl.static_range(1, TRIED):
+                    branch = tl.minimum(branch, _cost(points[old * TRIED + other], x, y, not TRY_ALL, DTYPE))
+                total = (branch.to(tl.int32, bitcast=True) << BITS) + tl.gather(cost, new * 0 + old, 1)
+                best = total if old == 0 else tl.minimum(best, total)
             if not TRY_ALL:
                 points = ()
                 for b in tl.static_range(BRANCHES):
@@ -449,11 +456,11 @@ def _encode(
             tried = _row(cells, x1, x2, new, BITS, TRIED == 1 << (CODE - BITS))
             window = _branch(tried, new, old, 0, CODE, BITS, TRIED)
             point = _get(scratch, window)
-            least = _cost(point, x1, x2, DTYPE)
+            least = _cost(point, x1, x2, True, DTYPE)
             for i in tl.static_range(1, TRIED):
                 other_window = _branch(tried, new, old, i, CODE, BITS, TRIED)
                 other_point = _get(scratch, other_window)
-                cost = _cost(other_point, x1, x2, DTYPE)
+                cost = _cost(other_point, x1, x2, True, DTYPE)
                 window = tl.where(cost < least, other_window, window)
                 point = tl.where(cost < least, other_point, point)
                 least = tl.minimum(cost, least)
@@ -534,8 +541,8 @@ def _store_kernel(
 def _search_constants(fmt: PolarFormat, vectors: int) -> dict[str, int]:
     """The search's constexpr arguments, for programs that take so many vectors.
 
-    KEY_TRIED, VALUE_TRIED: how many of each set of parallel branches are tried. Up to four are all tried, as that
-    costs less than looking up which.
+    KEY_TRIED, VALUE_TRIED: how many of each set of parallel branches are tried. Up to four are all tried, as
+    that costs less than looking up which.
     SCRATCH_WORDS: of the search's shared memory.
     """
     constants = {"SCRATCH_WORDS": 0}

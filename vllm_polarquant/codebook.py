@@ -2,16 +2,16 @@
 
     python -m vllm_polarquant.codebook > vllm_polarquant/codebook.json
 
-A window (n, middle, s) of a trellis, s being the state it starts from and n the one it leads to, names a point.
-The points start as a square lattice, cut into 2 x 2, 4 x 4 or 8 x 8 coarser ones: each pair (s, n) gets one of
-them, so that its parallel branches lie far apart, and those that leave a state make a lattice too,
-as do those that enter one (set partitioning, Ungerboeck, IEEE Trans. Inf. Theory 28, 1982). The disc of the
-lattice is stretched so that its points get the density of a Gaussian, narrower than the source's, as a trellis
-rarely takes what lies far out.
+A window (n, middle, s) of a trellis, s being the state it starts from and n the one it leads to, names a
+point. The points start as a square lattice, cut into 2 x 2, 4 x 4 or 8 x 8 coarser ones: each pair (s, n)
+gets one of them, so that its parallel branches lie far apart, and those that leave a state make a lattice
+too, as do those that enter one (set partitioning, Ungerboeck, IEEE Trans. Inf. Theory 28, 1982). The disc
+of the lattice is stretched so that its points get the density of a Gaussian, narrower than the source's, as
+a trellis rarely takes what lies far out.
 
-Then Lloyd's iteration (IEEE Trans. Inf. Theory 28, 1982): encode Gaussian vectors, move each point to the mean
-of the pairs that chose it. Encoding with points that are moved about, less and less, keeps it out of poor
-optima. The coordinates are rounded to bfloat16. Nothing is fitted to any model's data.
+Then Lloyd's iteration (IEEE Trans. Inf. Theory 28, 1982): encode Gaussian vectors, move each point to the
+mean of the pairs that chose it. Encoding with points that are moved about, less and less, keeps it out of
+poor optima. The coordinates are rounded to bfloat16. Nothing is fitted to any model's data.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@ close to independent Gaussians whatever x was. Coordinates j and j + d/2 make a 
 becomes one code. One radius a vector brings back its length.
 
 The codes of a vector are a walk through a trellis (for quantisation Marcellin and Fischer 1990; read off a
-window of the bit stream as in QTIP, Tseng et al. 2024): what code c[j] of w bits stands for depends on the top
-b bits of the code before it, so that the codes of a vector choose among 2**b times as many points as one code
-could name. With c[-1] = 0
+window of the bit stream as in QTIP, Tseng et al. 2024): what code c[j] of w bits stands for depends on the
+top b bits of the code before it, so that the codes of a vector choose among 2**b times as many points as
+one code could name. With c[-1] = 0
 
     point[j] = codebook(w)[c[j] << b | c[j-1] >> (w - b)]
 
-which is a window of w + b bits of the stream of codes, so a decoder reads each point on its own. The best codes
-of a vector are found by Viterbi's algorithm (1967) over 2**b states.
+which is a window of w + b bits of the stream of codes, so a decoder reads each point on its own. The best
+codes of a vector are found by Viterbi's algorithm (1967) over 2**b states.
 """
 
 from __future__ import annotations
@@ -299,10 +299,10 @@ def search_cells(pair_bits: int) -> torch.Tensor:
     """Which of a trellis's parallel branches to try, by cell of the plane: int32 [2 * CELL_GRID**2, 2**b].
 
     Cell (row, column) of a grid is centred on (column, row) - CELL_GRID / 2, in cells; the grid of small
-    cells is first. Field s of a cell's column n holds cell_candidates(w) numbers of w - b bits: the middles of the
-    windows (n, middle, s) whose points are nearest to the cell's centre, the nearest one lowest. Near a border
-    between two points a cell may name the farther one: the codes that a search over cells finds are up to 1 % worse
-    than those of `viterbi`.
+    cells is first. Field s of a cell's column n holds cell_candidates(w) numbers of w - b bits: the middles
+    of the windows (n, middle, s) whose points are nearest to the cell's centre, the nearest one lowest.
+    Near a border between two points a cell may name the farther one: the codes that a search over cells
+    finds are up to 1 % worse than those of `viterbi`.
     """
     states, candidates = STATE_BITS[pair_bits], cell_candidates(pair_bits)
     points = codebook(pair_bits).double()

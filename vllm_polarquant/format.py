@@ -36,9 +36,10 @@ RADIUS_MIN, RADIUS_MAX, RADIUS_POWER = 2.0**-13, 60000.0, 9
 of float32's range within 1 %, and the radii of real keys and values keep all their 11 bits."""
 
 STATE_BITS = {4: 3, 5: 3, 6: 2, 7: 2, 8: 1}
-"""How many bits of the code before a point depends on, by the bits of a pair's code (codec.py). More bits lower
-the distortion, and each doubles the table of 2**(pair_bits + state_bits) points that decoding reads: up to 512
-points a multiprocessor still runs two programs at a time, which short contexts need (docs/kernels.md)."""
+"""How many bits of the code before a point depends on, by the bits of a pair's code (codec.py). More bits
+lower the distortion, and each doubles the table of 2**(pair_bits + state_bits) points that decoding reads:
+up to 512 points a multiprocessor still runs two programs at a time, which short contexts need
+(docs/kernels.md)."""
 
 CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
 """The encoders' kernels look up which points to try (codec.search_cells): CELL_GRID**2 square cells around
