@@ -33,6 +33,18 @@ POINTERS = {
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "splits": "i32", "scale_log2": "fp32"}
 
 
+def resources(compiled: triton.compiler.CompiledKernel) -> tuple[int, int, int]:
+    """Static and dynamic shared memory in bytes, registers a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
+    return found["SHARED"], compiled.metadata.shared, found["REG"]
+
+
 def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int]:
     """Static and dynamic shared memory in bytes, registers a thread."""
     fmt = PolarFormat(preset, head_dim, 16)
@@ -48,14 +60,7 @@ def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in POINTERS}
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": WARPS})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
-    return found["SHARED"], compiled.metadata.shared, found["REG"]
+    return resources(compiled)
 
 
 if __name__ == "__main__":
