@@ -48,7 +48,7 @@ def _run(scenario: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=280,
+            timeout=560,
         )
         if child.returncode:
             raise RuntimeError(f"{scenario} ended with {child.returncode}:\n{child.stdout[-4000:]}")

@@ -385,7 +385,7 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path
         env=child_env(),
         text=True,
         capture_output=True,
-        timeout=280,
+        timeout=560,
     )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
     runs = json.loads((tmp_path / "run.json").read_text())["runs"]

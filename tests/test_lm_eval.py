@@ -75,7 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=220,
+        timeout=440,
         check=False,
     )
     assert child.returncode == 0, child.stdout[-4000:]
