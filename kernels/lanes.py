@@ -278,7 +278,7 @@ def _open_asm(size):
 
 
 @triton.constexpr_function
-def _at(instruction, first=0):
+def _at(instruction, first):
     """PTX of an instruction on shared memory; `[at]` in it stands for $1 bytes after `first`."""
     dynamic = first >= DYNAMIC.value
     memory = "global_smem" if dynamic else "lane_table"

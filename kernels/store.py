@@ -26,6 +26,7 @@ from vllm_polarquant.format import (
     PolarFormat,
 )
 from vllm_polarquant.kernels import tuning
+from vllm_polarquant.kernels.lanes import unpack_halves
 from vllm_polarquant.kernels.page import (
     FP8,
     INTERPRET,
@@ -37,6 +38,7 @@ from vllm_polarquant.kernels.page import (
     decode_radius,
     dot,
     page_constants,
+    state_bits,
 )
 
 MANY_VECTORS = 1 << 12
@@ -144,11 +146,6 @@ def _states(code):
 
 
 @triton.constexpr_function
-def _state_bits(code):
-    return STATE_BITS[code]
-
-
-@triton.constexpr_function
 def _tries_all(code):
     """Whether all of a set of parallel branches are tried: up to four cost less than looking up which."""
     return code - STATE_BITS[code] <= 2
@@ -158,14 +155,6 @@ def _tries_all(code):
 def _tried(code):
     """How many of each set of parallel branches are tried."""
     return 1 << (code - STATE_BITS[code]) if _tries_all(code) else CELL_CANDIDATES[code]
-
-
-@triton.jit
-def _halves(packed, DTYPE: tl.constexpr):
-    """The two 16-bit floats of an int32, low one first, in float32."""
-    low = (packed & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    high = (packed >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit
@@ -180,19 +169,19 @@ def _row(cells, x, y, new, CODE: tl.constexpr):
 @triton.jit
 def _point(lut, row, new, old, INDEX: tl.constexpr, CODE: tl.constexpr):
     """Candidate INDEX of the branches from state `old` to `new`: its middle bits, and the packed point."""
-    MIDDLE_BITS: tl.constexpr = CODE - _state_bits(CODE)
+    MIDDLE_BITS: tl.constexpr = CODE - state_bits(CODE)
     if _tries_all(CODE):
         middle = INDEX
     else:
         middle = (row >> ((old * _tried(CODE) + INDEX) * MIDDLE_BITS)) & ((1 << MIDDLE_BITS) - 1)
-    window = (((new << MIDDLE_BITS) | middle) << _state_bits(CODE)) | old
+    window = (((new << MIDDLE_BITS) | middle) << state_bits(CODE)) | old
     return middle, _look_up(lut, window)
 
 
 @triton.jit
 def _cost(point, x, y, DTYPE: tl.constexpr):
     """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER."""
-    px, py = _halves(point, DTYPE)
+    px, py = unpack_halves(point, DTYPE)
     return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
 
 
@@ -226,7 +215,7 @@ def _search(
     one lowest.
     """
     STATES: tl.constexpr = _states(CODE)
-    BITS: tl.constexpr = _state_bits(CODE)
+    BITS: tl.constexpr = state_bits(CODE)
     TRIED: tl.constexpr = _tried(CODE)
     WINDOWS: tl.constexpr = HALF // _WINDOW
     new = tl.arange(0, STATES)[None, :] + tl.zeros([VECTORS, 1], tl.int32)
@@ -242,14 +231,14 @@ def _search(
     # coordinates'.
     source = pairs + vector
     this, next, third = _read(source), _read(source + VECTORS), _read(source + 2 * VECTORS)
-    x, y = _halves(this, tl.float16)
+    x, y = unpack_halves(this, tl.float16)
     points = _points(lut, _row(cells, x, y, new, CODE), new, CODE)
-    x, y = _halves(next, tl.float16)
+    x, y = unpack_halves(next, tl.float16)
     row = _row(cells, x, y, new, CODE)
     for k in tl.range(WINDOWS):
         states = new
         for i in tl.range(_WINDOW):
-            x, y = _halves(this, tl.float16)
+            x, y = unpack_halves(this, tl.float16)
             best = new
             for old in tl.static_range(STATES):
                 branch = _cost(points[old * TRIED], x, y, DTYPE)
@@ -259,7 +248,7 @@ def _search(
                 best = total if old == 0 else tl.minimum(best, total)
             if not _tries_all(CODE):
                 points = _points(lut, row, new, CODE)
-                x, y = _halves(third, tl.float16)
+                x, y = unpack_halves(third, tl.float16)
                 row = _row(cells, x, y, new, CODE)
             this, next = next, third
             third = _read(source + tl.minimum(k * _WINDOW + i + 3, HALF - 1) * VECTORS)
@@ -409,7 +398,7 @@ def _encode(
             y1 *= unit
             y2 *= unit
             DTYPE: tl.constexpr = x.dtype.element_ty
-            BITS: tl.constexpr = _state_bits(CODE)
+            BITS: tl.constexpr = state_bits(CODE)
             WINDOWS: tl.constexpr = HALF // _WINDOW
             packed = y1.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             packed |= y2.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -437,7 +426,7 @@ def _encode(
                 point = tl.where(cost < least, other, point)
                 least = tl.minimum(cost, least)
             codes = (new << (CODE - BITS)) | middle
-            px, py = _halves(point, DTYPE)
+            px, py = unpack_halves(point, DTYPE)
             length = tl.sqrt(tl.sum(tl.where(inside, px * px + py * py, 0.0), axis=1))
             product = tl.sum(tl.where(inside, y1 * px + y2 * py, 0.0), axis=1)
             cos = product / (length * tl.sqrt(float(HEAD_DIM)))
