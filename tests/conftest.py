@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# Test files that run side by side, and their engines, get a core each: pools of threads that spin for the
+# same cores take several times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 import torch
 
 # Triton decides when it is first imported.

@@ -216,9 +216,9 @@ def test_a_model_without_a_config_and_a_bad_json_are_named(filled: Path, tmp_pat
 )
 def test_bytes_of_llama_are_those_that_vllm_lays_out(name: str, slots: int) -> None:
     """TurboQuant: codes and a norm, codes, scale and zero point, and 16 bits in four layers."""
-    assert dtypes.token_bytes(name, Shape(32, 8, 128, None)) == 8 * slots
+    assert dtypes.token_bytes(name, Shape(32, 8, 128, None, 32)) == 8 * slots
     if name in PRESETS:
-        assert dtypes.token_bytes(name, Shape(32, 8, 128, None), skipped=2) == 8 * (30 * 132 + 2 * 512)
+        assert dtypes.token_bytes(name, Shape(32, 8, 128, None, 32), skipped=2) == 8 * (30 * 132 + 2 * 512)
 
 
 def test_boundary_layers_are_vllms() -> None:
@@ -229,7 +229,7 @@ def test_boundary_layers_are_vllms() -> None:
     for layers in (1, 3, 5, 32):
         model = SimpleNamespace(is_hybrid=False, hf_text_config=SimpleNamespace(num_hidden_layers=layers))
         skipped = TurboQuantConfig.get_boundary_skip_layers(model)
-        assert dtypes.native_layers("turboquant_4bit_nc", Shape(layers, 8, 128, None)) == len(skipped)
+        assert dtypes.native_layers("turboquant_4bit_nc", Shape(layers, 8, 128, None, 32)) == len(skipped)
 
 
 def test_all_runs_every_preset_and_says_why_others_do_not() -> None:

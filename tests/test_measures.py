@@ -70,7 +70,7 @@ def ran(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def cells(ran: subprocess.CompletedProcess[str], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    found = [json.loads(path.read_text()) for path in (folder / "out").glob("*.json")]
+    found = [json.loads(path.read_text()) for path in (folder / "out").glob("*--*.json")]
     return {(cell["key"]["kv_cache_dtype"], cell["key"]["cell"]): cell for cell in found}
 
 

@@ -195,7 +195,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
 @pytest.fixture(scope="module")
 def cells(ran: tuple[subprocess.CompletedProcess[str], Path]) -> dict[tuple[str, str], dict[str, Any]]:
     found = {}
-    for path in (ran[1] / "out").glob("*.json"):
+    for path in (ran[1] / "out").glob("*--*.json"):
         cell = json.loads(path.read_text())
         with np.load(path.with_suffix(".npz")) as arrays:
             found[cell["key"]["kv_cache_dtype"], cell["key"]["cell"]] = cell["summary"] | {
