@@ -61,14 +61,17 @@ _NO_MASS = np.float32(-1e30)
 
 @cache
 def _start_threads() -> None:
-    """Start numba's threads, and undo that this allows nested OpenMP regions.
+    """Start numba's threads, and undo what this does to torch's, which are the same.
 
-    With nesting, torch's bfloat16 attention takes five times as long.
+    It allows nested OpenMP regions, with which torch's bfloat16 attention takes five times as long, and lets
+    torch use every core, whatever OMP_NUM_THREADS says.
     """
+    threads = torch.get_num_threads()
     numba.set_num_threads(numba.get_num_threads())
-    omp_set_max_active_levels = getattr(ctypes.CDLL(None), "omp_set_max_active_levels", None)
-    if omp_set_max_active_levels is not None:
-        omp_set_max_active_levels(1)
+    for name, value in (("omp_set_max_active_levels", 1), ("omp_set_num_threads", threads)):
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(value)
 
 
 def _use_torch_threads() -> int:

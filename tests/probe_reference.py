@@ -13,8 +13,10 @@ from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.format import VectorFormat
 
 
-def _stored(x: torch.Tensor, vector: VectorFormat | None) -> torch.Tensor:
-    return x if vector is None else decode(*encode(x, vector), vector)
+def _stored(x: torch.Tensor, vector: VectorFormat | None, mirrored: bool) -> torch.Tensor:
+    if vector is None:
+        return x
+    return -decode(*encode(-x, vector), vector) if mirrored else decode(*encode(x, vector), vector)
 
 
 def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | None) -> torch.Tensor:
@@ -27,8 +29,12 @@ def forward(
     key: VectorFormat | None = None,
     value: VectorFormat | None = None,
     model: Path = MODEL_DIR,
+    mirrored: bool = False,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same of a folder of the probe's shape, biases or not, and each layer's exact keys [T, H, d]."""
+    """The same of a folder of the probe's shape, biases or not, and each layer's exact keys [T, H, d].
+
+    mirrored: store every vector as what is stored of its opposite, whose errors are other ones, as large.
+    """
     config = json.loads((model / "config.json").read_text())
     weights = {name: tensor.float() for name, tensor in load_file(str(model / "model.safetensors")).items()}
     keys: list[torch.Tensor] = []
@@ -57,7 +63,9 @@ def forward(
         k = rope(project("self_attn.k_proj", h).unflatten(-1, (kv_heads, d)))
         v = project("self_attn.v_proj", h).unflatten(-1, (kv_heads, d))
         keys.append(k)
-        k, v = (_stored(t, f).repeat_interleave(heads // kv_heads, 1) for t, f in ((k, key), (v, value)))
+        k, v = (
+            _stored(t, f, mirrored).repeat_interleave(heads // kv_heads, 1) for t, f in ((k, key), (v, value))
+        )
         logits = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
         mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~causal, -torch.inf).softmax(-1), v)
         x = x + project("self_attn.o_proj", mixed.flatten(1))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +110,16 @@ def test_decode_gives_the_same_whatever_the_number_of_threads(threads: int) -> N
         check_decode(batch, 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_torch_keeps_the_number_of_threads_it_was_given() -> None:
+    code = (
+        "import torch; from vllm_polarquant.kernels import cpu; before = torch.get_num_threads(); "
+        "used = cpu._use_torch_threads(); print(before, used, torch.get_num_threads())"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert child.stdout.split() == ["1", "1", "1"]
 
 
 def test_decode_without_requests_writes_nothing() -> None:

@@ -211,9 +211,12 @@ def _load(task: str, include: str, metadata: str) -> list[Any]:
     return [group] if group is not None else list(loaded["tasks"].values())
 
 
+def _metadata(model: str, params: Params) -> str:
+    return json.dumps({"pretrained": model, **params.metadata}, sort_keys=True)
+
+
 def _objects(model: str, params: Params) -> list[Any]:
-    metadata = {"pretrained": model, **params.metadata}
-    return _load(params.task, params.include, json.dumps(metadata, sort_keys=True))
+    return _load(params.task, params.include, _metadata(model, params))
 
 
 def _prepare(model: str, params: Params) -> None:
@@ -451,7 +454,8 @@ def summarise(
 def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outcome:
     import lm_eval
 
-    tasks = _objects(llm.llm_engine.model_config.model, params)
+    model = llm.llm_engine.model_config.model
+    tasks = _objects(model, params)
     lm = backend(llm, params)
     runs = []
     with _count_cut_prompts() as cut:
@@ -459,6 +463,8 @@ def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outco
             found = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=tasks,
+                # Without it lm-eval reads the index of all its tasks again.
+                task_manager=_lookup(params.task, params.include, _metadata(model, params)),
                 num_fewshot=params.num_fewshot,
                 limit=params.limit,
                 gen_kwargs=dict(params.generation) or None,
