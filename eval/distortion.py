@@ -13,6 +13,9 @@ many times smaller there, so that the exact logits are distributed as before. Th
 For Gaussian vectors the first two agree but for sampling. For uneven ones the logit error is what attention
 feels. The limit is Shannon's for a Gaussian source, D = 2^(-2R) at the R bits that are stored, overhead
 included; for a squared error on Gaussian vectors nothing gets below it.
+
+With `--probe-rows` also the keys and values of a trained model: the shipped probe reads held-out text, every
+vector stored by the codec, and the KL of its next token from the exact model's is taken, in nats.
 """
 
 from __future__ import annotations
@@ -29,10 +32,14 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_polarquant.eval.codecs import Peer, all_peers
+from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.probe.forward import forward
 from vllm_polarquant.format import HEAD_DIMS
 
 QUERIES = 1024
 UNEVEN_SHARE, UNEVEN_LOW, UNEVEN_HIGH = 16, 10.0, 30.0
+PROBE_HEAD_DIM, PROBE_CONTEXT = 128, 512
 
 
 class Sample(NamedTuple):
@@ -71,9 +78,34 @@ def errors(sample: Sample, decoded: torch.Tensor) -> dict[str, float]:
     }
 
 
-def measure(peer: Peer, d: int, samples: dict[str, Sample]) -> dict[str, Any]:
+class ProbeText:
+    """Rows of held-out text and what the probe says of them with exact keys and values."""
+
+    def __init__(self, rows: int, context: int = PROBE_CONTEXT) -> None:
+        from transformers import AutoTokenizer
+
+        self.rows = token_rows(AutoTokenizer.from_pretrained(str(MODEL_DIR)), HELDOUT, rows, context)
+        self.exact = [forward(row)[0] for row in self.rows]
+
+    def divergence(self, peer: Peer) -> tuple[float, float]:
+        """KL of the next tokens in nats, mean and standard error over rows, vectors stored by the peer."""
+
+        def store(x: torch.Tensor) -> torch.Tensor:
+            return peer.roundtrip(x.flatten(0, 1)).view_as(x)
+
+        found = torch.stack(
+            [
+                (exact.exp() * (exact - forward(row, store, store)[0])).sum(-1).mean()
+                for row, exact in zip(self.rows, self.exact, strict=True)
+            ]
+        )
+        return found.mean().item(), found.std().item() / len(found) ** 0.5
+
+
+def measure(peer: Peer, d: int, samples: dict[str, Sample], probe: ProbeText | None = None) -> dict[str, Any]:
     """One row of the table."""
     stored = peer.stored_bits(d)
+    divergence = {} if probe is None else {"probe_kl": probe.divergence(peer)}
     return {
         "codec": peer.name,
         "head_dim": d,
@@ -82,11 +114,15 @@ def measure(peer: Peer, d: int, samples: dict[str, Sample]) -> dict[str, Any]:
         "stored_bits": stored,
         "limit": 2 ** (-2 * stored),
         **{name: errors(sample, peer.roundtrip(sample.x)) for name, sample in samples.items()},
+        **divergence,
     }
 
 
-def rows(d: int, vectors: int, seed: int, progress: bool = False) -> list[dict[str, Any]]:
+def rows(
+    d: int, vectors: int, seed: int, probe: ProbeText | None = None, progress: bool = False
+) -> list[dict[str, Any]]:
     """Every peer that can store vectors of size d, fewest stored bits first."""
+    probe = probe if d == PROBE_HEAD_DIM else None
     samples = {
         "gaussian": gaussian_sample(d, vectors, seed),
         "uneven": uneven_sample(d, vectors, seed),
@@ -94,12 +130,12 @@ def rows(d: int, vectors: int, seed: int, progress: bool = False) -> list[dict[s
     peers = [peer for peer in all_peers() if peer.supports(d)]
     console = Console(stderr=True)
     shown = track(peers, f"d = {d}", console=console, transient=True, disable=not progress)
-    return sorted((measure(peer, d, samples) for peer in shown), key=lambda row: row["stored_bits"])
+    return sorted((measure(peer, d, samples, probe) for peer in shown), key=lambda row: row["stored_bits"])
 
 
 COLUMNS = (
     "codec", "code bits", "overhead", "stored bits", "limit", "squared error", "x limit",
-    "logit error", "bias", "uneven: squared", "uneven: logit",
+    "logit error", "bias", "uneven: squared", "uneven: logit", "KL on the probe",
 )  # fmt: skip
 
 
@@ -125,6 +161,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{100 * plain['bias']:+.1f} %",
         _number(uneven["squared"]),
         _number(uneven["logit"]),
+        " ± ".join(map(_number, row["probe_kl"])) if "probe_kl" in row else "-",
     ]
 
 
@@ -156,6 +193,14 @@ def main(
     head_dims: Annotated[str, typer.Option(help="Vector sizes, comma-separated.")] = "64,96,128,256",
     vectors: Annotated[int, typer.Option(help="Vectors of each kind.", min=16)] = 2048,
     seed: Annotated[int, typer.Option(help="Of the vectors and queries.")] = 0,
+    probe_rows: Annotated[
+        int,
+        typer.Option(
+            help=f"Rows of {PROBE_CONTEXT} tokens that the shipped model reads with each codec at d = "
+            f"{PROBE_HEAD_DIM}, minutes a row; 0 leaves its KL out.",
+            min=0,
+        ),
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print markdown.")] = False,
 ) -> None:
@@ -169,9 +214,17 @@ def main(
         raise typer.BadParameter(f"--head-dims: {unknown[0]} is not one of {', '.join(map(str, HEAD_DIMS))}")
     if as_json and as_markdown:
         raise typer.BadParameter("--json and --markdown exclude each other")
-    found = {d: rows(d, vectors, seed, progress=sys.stderr.isatty()) for d in dims}
+    if probe_rows == 1:
+        raise typer.BadParameter("--probe-rows 1 has no standard error; take 0, or 2 and more")
+    probe = ProbeText(probe_rows) if probe_rows and PROBE_HEAD_DIM in dims else None
+    found = {d: rows(d, vectors, seed, probe, progress=sys.stderr.isatty()) for d in dims}
     if as_json:
-        report = {"vectors": vectors, "seed": seed, "rows": [row for part in found.values() for row in part]}
+        report = {
+            "vectors": vectors,
+            "seed": seed,
+            "probe_rows": probe_rows,
+            "rows": [row for part in found.values() for row in part],
+        }
         typer.echo(json.dumps(report, indent=1))
         return
     for d, part in found.items():

@@ -1,15 +1,13 @@
-"""The probe's forward pass in plain torch, every key and value stored by the codec: no engine, no pages."""
+"""What the probe should say when the codec stores every key and value."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from functools import partial
 
 import torch
-from safetensors.torch import load_file
 
 from vllm_polarquant.codec import decode, encode
-from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.probe.forward import forward
 from vllm_polarquant.format import VectorFormat
 
 
@@ -19,58 +17,12 @@ def _stored(x: torch.Tensor, vector: VectorFormat | None, mirrored: bool) -> tor
     return -decode(*encode(-x, vector), vector) if mirrored else decode(*encode(x, vector), vector)
 
 
-def logprobs(tokens: list[int], key: VectorFormat | None, value: VectorFormat | None) -> torch.Tensor:
-    """Next-token log-probabilities float32 [T, vocabulary], attention over quantised keys and values."""
-    return forward(tokens, key, value)[0]
-
-
-def forward(
-    tokens: list[int],
-    key: VectorFormat | None = None,
-    value: VectorFormat | None = None,
-    model: Path = MODEL_DIR,
-    mirrored: bool = False,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same of a folder of the probe's shape, biases or not, and each layer's exact keys [T, H, d].
+def logprobs(
+    tokens: list[int], key: VectorFormat | None, value: VectorFormat | None, mirrored: bool = False
+) -> torch.Tensor:
+    """Next-token log-probabilities float32 [T, vocabulary], attention over quantised keys and values.
 
     mirrored: store every vector as what is stored of its opposite, whose errors are other ones, as large.
     """
-    config = json.loads((model / "config.json").read_text())
-    weights = {name: tensor.float() for name, tensor in load_file(str(model / "model.safetensors")).items()}
-    keys: list[torch.Tensor] = []
-    heads, kv_heads, d = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-
-    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
-
-    turn = config["rope_theta"] ** (-torch.arange(0, d, 2) / d) * torch.arange(len(tokens))[:, None]
-    cos, sin = turn.cos()[:, None], turn.sin()[:, None]
-
-    def rope(x: torch.Tensor) -> torch.Tensor:
-        left, right = x.chunk(2, -1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-    x = weights["model.embed_tokens.weight"][tokens]
-    causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
-    for layer in range(config["num_hidden_layers"]):
-
-        def project(name: str, y: torch.Tensor, layer: int = layer) -> torch.Tensor:
-            out = y @ weights[f"model.layers.{layer}.{name}.weight"].T
-            return out + weights.get(f"model.layers.{layer}.{name}.bias", 0)
-
-        h = norm(x, weights[f"model.layers.{layer}.input_layernorm.weight"])
-        q = rope(project("self_attn.q_proj", h).unflatten(-1, (heads, d)))
-        k = rope(project("self_attn.k_proj", h).unflatten(-1, (kv_heads, d)))
-        v = project("self_attn.v_proj", h).unflatten(-1, (kv_heads, d))
-        keys.append(k)
-        k, v = (
-            _stored(t, f, mirrored).repeat_interleave(heads // kv_heads, 1) for t, f in ((k, key), (v, value))
-        )
-        logits = torch.einsum("qhd,khd->hqk", q, k) * d**-0.5
-        mixed = torch.einsum("hqk,khd->qhd", logits.masked_fill(~causal, -torch.inf).softmax(-1), v)
-        x = x + project("self_attn.o_proj", mixed.flatten(1))
-        h = norm(x, weights[f"model.layers.{layer}.post_attention_layernorm.weight"])
-        gated = torch.nn.functional.silu(project("mlp.gate_proj", h)) * project("mlp.up_proj", h)
-        x = x + project("mlp.down_proj", gated)
-    logits = norm(x, weights["model.norm.weight"]) @ weights["model.embed_tokens.weight"].T
-    return logits.log_softmax(-1), keys
+    stores = (partial(_stored, vector=vector, mirrored=mirrored) for vector in (key, value))
+    return forward(tokens, *stores)[0]

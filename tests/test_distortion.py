@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_polarquant import PolarQuant
 from vllm_polarquant.eval import codecs, distortion
 from vllm_polarquant.eval.cli import app
+from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.probe.model import ModelConfig, ProbeLlama
 from vllm_polarquant.format import BITS
 
 # E|x - x_hat|^2 / E|x|^2 on Gaussian vectors of 128, by codec: a study of the same codecs in numpy.
@@ -226,3 +230,55 @@ def test_command_names_bad_input(arguments: list[str], words: str) -> None:
     result = CliRunner().invoke(app, ["distortion", *arguments])
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def probe_text() -> distortion.ProbeText:
+    return distortion.ProbeText(2, 40)
+
+
+def peer_of(roundtrip: Callable[[torch.Tensor], torch.Tensor]) -> codecs.Peer:
+    return codecs.Peer("", lambda d: 0, lambda d: 0, roundtrip)
+
+
+def test_exact_vectors_cost_the_probe_nothing(probe_text: distortion.ProbeText) -> None:
+    assert probe_text.divergence(peer_of(lambda x: x)) == (0, 0)
+
+
+def test_zero_vectors_cost_the_probe_its_attention(probe_text: distortion.ProbeText) -> None:
+    weights = load_file(str(MODEL_DIR / "model.safetensors"))
+    kls = []
+    for row in probe_text.rows:
+        logits = []
+        for factor in (1, 0):
+            model = ProbeLlama(ModelConfig(), torch.float32)
+            model.load_state_dict(
+                {n: w * factor if n.endswith("o_proj.weight") else w for n, w in weights.items()}
+            )
+            logits.append(model(torch.tensor([row]))[0].log_softmax(-1))
+        exact, blind = logits
+        kls.append((exact.exp() * (exact - blind)).sum(-1).mean().item())
+    found, error = probe_text.divergence(peer_of(torch.zeros_like))
+    assert found == pytest.approx(sum(kls) / 2, rel=1e-3) and found > 1
+    assert error == pytest.approx(abs(kls[0] - kls[1]) / 2, rel=1e-3)
+
+
+def test_fewer_bits_cost_the_probe_more(probe_text: distortion.ProbeText) -> None:
+    peers = {peer.name: peer for peer in codecs.all_peers()}
+    names = "PolarQuant, 4 bits (this package)", "Lloyd-Max 3 bits, norm kept (TurboQuant)"
+    fine, coarse = (probe_text.divergence(peers[name])[0] for name in names)
+    assert 0 < 2 * fine < coarse
+
+
+def test_the_probe_stands_in_the_table_where_it_was_read(probe_text: distortion.ProbeText) -> None:
+    samples = {name: distortion.gaussian_sample(128, 16, 0) for name in ("gaussian", "uneven")}
+    peer = codecs.all_peers()[0]
+    row = distortion.measure(peer, 128, samples, probe_text)
+    mean, error = (distortion._number(value) for value in row["probe_kl"])
+    assert distortion.cells(row)[-1] == f"{mean} ± {error}"
+    assert distortion.cells(distortion.measure(peer, 128, samples))[-1] == "-"
+
+
+def test_one_row_is_refused() -> None:
+    result = CliRunner().invoke(app, ["distortion", "--probe-rows", "1"])
+    assert result.exit_code == 2 and "no standard error" in result.stderr

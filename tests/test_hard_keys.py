@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import engine_runs
-import probe_reference
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +29,7 @@ from vllm_polarquant.eval.hard_keys import EDITS, PROBE_ENGINE, Case, SkipPlan, 
 from vllm_polarquant.eval.measures import Outcome
 from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
+from vllm_polarquant.eval.probe.forward import forward
 from vllm_polarquant.eval.suites import load_suite
 from vllm_polarquant.format import PRESETS, VectorFormat
 from vllm_polarquant.keys import MAX_BITS_LOST, KeyReport, judge_keys
@@ -57,7 +57,7 @@ def text() -> list[int]:
 @pytest.fixture(scope="module")
 def forwards(models: dict[str, Path], text: list[int]) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
     """Log-probabilities and keys by edit, computed by the reference in float32."""
-    return {name: probe_reference.forward(text, model=path) for name, path in models.items()}
+    return {name: forward(text, model=path) for name, path in models.items()}
 
 
 def judge(folder: Path) -> KeyReport:

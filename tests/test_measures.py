@@ -130,7 +130,7 @@ def test_divergence_is_that_of_a_forward_pass_over_quantised_keys_and_values(
     # Position by position, the first tokens included. A search over codes turns the rounding of float16 into
     # other codes, so the two differ; codes of the mirrored vectors, whose errors are as large, differ more.
     mirrored = torch.stack(
-        [probe_reference.forward(row, *PRESETS[PRESET], mirrored=True)[0][:-1] for row in rows]
+        [probe_reference.logprobs(row, *PRESETS[PRESET], mirrored=True)[:-1] for row in rows]
     )
     near, far = (
         torch.corrcoef(torch.stack([measured.flatten(), other.flatten()]))[0, 1]
