@@ -413,7 +413,8 @@ def _distortion(found: Report) -> list[Section]:
         f"--seed {part['seed']}`: each codec alone on Gaussian vectors, and on uneven ones, of which one "
         "channel pair in sixteen is 10 to 30 times as large. Errors relative to the power; limit: Shannon's."
     )
-    return [Section(f"Distortion at head_dim {part['head_dim']}", distortion.COLUMNS, rows, note)]
+    header = distortion.columns(part["rows"])
+    return [Section(f"Distortion at head_dim {part['head_dim']}", header, rows, note)]
 
 
 def _rest(found: Report) -> list[Section]:

@@ -135,8 +135,14 @@ def rows(
 
 COLUMNS = (
     "codec", "code bits", "overhead", "stored bits", "limit", "squared error", "x limit",
-    "logit error", "bias", "uneven: squared", "uneven: logit", "KL on the probe",
+    "logit error", "bias", "uneven: squared", "uneven: logit",
 )  # fmt: skip
+PROBE_COLUMN = "KL on the probe"
+
+
+def columns(found: list[dict[str, Any]]) -> list[str]:
+    """What stands over the cells of rows of one size."""
+    return [*COLUMNS, *([PROBE_COLUMN] if found and "probe_kl" in found[0] else [])]
 
 
 def _number(value: float) -> str:
@@ -147,9 +153,9 @@ def _number(value: float) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as COLUMNS shows it."""
+    """A row under `columns`."""
     plain, uneven = row["gaussian"], row["uneven"]
-    return [
+    shown = [
         row["codec"],
         f"{row['code_bits']:.2f}",
         f"{row['overhead_bits']:.3f}",
@@ -161,16 +167,16 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{100 * plain['bias']:+.1f} %",
         _number(uneven["squared"]),
         _number(uneven["logit"]),
-        " ± ".join(map(_number, row["probe_kl"])) if "probe_kl" in row else "-",
     ]
+    return [*shown, " ± ".join(map(_number, row["probe_kl"]))] if "probe_kl" in row else shown
 
 
 def markdown(d: int, found: list[dict[str, Any]]) -> str:
     lines = [
         f"d = {d}",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        "| " + " | ".join(columns(found)) + " |",
+        "|" + "---|" * len(columns(found)),
     ]
     for row in found:
         line = cells(row)
@@ -182,7 +188,7 @@ def markdown(d: int, found: list[dict[str, Any]]) -> str:
 
 def table(d: int, found: list[dict[str, Any]]) -> Table:
     shown = Table(title=f"d = {d}")
-    for i, name in enumerate(COLUMNS):
+    for i, name in enumerate(columns(found)):
         shown.add_column(name, justify="right" if i else "left", no_wrap=not i)
     for row in found:
         shown.add_row(*cells(row), style="bold" if "this package" in row["codec"] else None)

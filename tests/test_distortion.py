@@ -273,10 +273,11 @@ def test_fewer_bits_cost_the_probe_more(probe_text: distortion.ProbeText) -> Non
 def test_the_probe_stands_in_the_table_where_it_was_read(probe_text: distortion.ProbeText) -> None:
     samples = {name: distortion.gaussian_sample(128, 16, 0) for name in ("gaussian", "uneven")}
     peer = codecs.all_peers()[0]
-    row = distortion.measure(peer, 128, samples, probe_text)
-    mean, error = (distortion._number(value) for value in row["probe_kl"])
-    assert distortion.cells(row)[-1] == f"{mean} ± {error}"
-    assert distortion.cells(distortion.measure(peer, 128, samples))[-1] == "-"
+    read, unread = (distortion.measure(peer, 128, samples, probe) for probe in (probe_text, None))
+    mean, error = (distortion._number(value) for value in read["probe_kl"])
+    assert distortion.cells(read) == [*distortion.cells(unread), f"{mean} ± {error}"]
+    assert distortion.columns([read]) == [*distortion.columns([unread]), "KL on the probe"]
+    assert distortion.markdown(128, [read]).splitlines()[2].endswith("| KL on the probe |")
 
 
 def test_one_row_is_refused() -> None:
