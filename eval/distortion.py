@@ -203,7 +203,7 @@ def main(
         int,
         typer.Option(
             help=f"Rows of {PROBE_CONTEXT} tokens that the shipped model reads with each codec at d = "
-            f"{PROBE_HEAD_DIM}, minutes a row; 0 leaves its KL out.",
+            f"{PROBE_HEAD_DIM}, half a minute a row; 0 leaves its KL out.",
             min=0,
         ),
     ] = 0,
