@@ -54,9 +54,9 @@ def store_kernel(fmt: PolarFormat) -> tuple[Any, dict[str, Any], dict[str, Any]]
     constants = {
         "NUM_HEADS": 8, "KEY_GAIN": fmt.key.gain, "VALUE_GAIN": fmt.value.gain,
         "BLOCK_VECTORS": config["block_vectors"], "BLOCK_K": config["block_k"],
-        "SCRATCH_WORDS": store._scratch_words(fmt, config["block_vectors"]), **page_constants(fmt),
+        "SCRATCH_WORDS": store.scratch_words(fmt, config["block_vectors"]), **page_constants(fmt),
     }  # fmt: skip
-    return store._store_kernel, constants, {"num_warps": config["num_warps"]}
+    return store._store_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
 
 
 def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int]:
