@@ -188,6 +188,7 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="Of the engine.")] = 0,
     engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
+    only: Annotated[str, typer.Option(help="Cells of the suite to run, comma-separated; else all.")] = "",
     limit: Annotated[
         int | None, typer.Option(help="Documents of each lm-eval task, in place of the suite's number.")
     ] = None,
@@ -214,7 +215,7 @@ def main(
     given = {"limit": limit, "chat": chat, "think_end": think_end}
     changes = {name: value for name, value in given.items() if value is not None}
     try:
-        cells = load_suite(suite, options, changes)
+        cells = load_suite(suite, options, changes, [*filter(None, map(str.strip, only.split(",")))])
         for cell in cells:
             cell.measure.identity(cell.params)
     except ValueError as problem:

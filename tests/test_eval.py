@@ -278,6 +278,15 @@ def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.Mo
     assert [cell.strip() for cell in row.split("|")[1:4]] == ["auto", "2.000", "1/1"]
 
 
+def test_only_the_cells_that_were_asked_for_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        run, "run_dtype", lambda plan, dtype, todo, *_: asked.append([c.name for c in todo]) or {}
+    )
+    CliRunner().invoke(app, ["probe", "--only", "greedy, text", "--out", str(tmp_path)])
+    assert asked == [["text", "greedy"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -286,6 +295,7 @@ def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.Mo
             "no suite 'gsm9k'; shipped are local, long, quick, reasoning, standard",
         ),
         (["./nowhere"], "no folder ./nowhere"),
+        (["probe", "--only", "text,texts"], "local.json has no cell 'texts'; it has text, retrieval, greedy"),
         (["probe", "--engine", "{"], "is not JSON"),
         (["probe", "--engine", "3"], "is not a JSON object"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,10 @@ def _params(where: str, measure: Measure, given: dict[str, Any]) -> Any:
 
 
 def load_suite(
-    name: str, engine: dict[str, Any] | None = None, changes: dict[str, Any] | None = None
+    name: str,
+    engine: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+    only: Collection[str] = (),
 ) -> list[Cell]:
     """The cells of a shipped suite, or of a JSON file of the same form.
 
@@ -53,6 +57,7 @@ def load_suite(
         name: of the suite, or a path that ends in .json.
         engine: options added to the suite's own.
         changes: parameters that replace those of every cell whose measure has them.
+        only: names of the cells to take; all if there are none.
 
     Raises:
         SuiteError: naming the file, the cell and what is wrong.
@@ -72,8 +77,11 @@ def load_suite(
         raise SuiteError(
             f'{path} must be like {{"engine": {{}}, "cells": {{"NAME": {{"measure": ...}}}}}}'
         ) from None
+    unknown = [label for label in only if label not in dict(pairs)]
+    if unknown:
+        raise SuiteError(f"{path.name} has no cell {unknown[0]!r}; it has {', '.join(dict(pairs))}")
     found = []
-    for label, cell in pairs:
+    for label, cell in [pair for pair in pairs if not only or pair[0] in only]:
         where = f"{path.name}, cell {label!r}"
         measure = MEASURES.get(cell.pop("measure", ""))
         if measure is None:
