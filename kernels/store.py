@@ -1,7 +1,8 @@
 """Encode new keys and values into their slots: rotate, search, pack, all in one launch.
 
 The search is codec.viterbi. Each state of a vector's trellis has a lane, which holds the cost of the best
-path that leads there and, as bits, the path's last states.
+path that leads there and, as bits, the path's last states. Wide codes try the branches that
+codec.search_cells names, narrow ones all.
 """
 
 from __future__ import annotations
@@ -61,12 +62,11 @@ _ROUNDER = tl.constexpr(1.5 * 2.0**23 + CELL_GRID // 2)
 # The same for costs, as integers of 2**-14: below 256, as a point is at most 6 and a pair 16 long.
 _COST_ROUNDER = tl.constexpr(1.5 * 2.0**9)
 _COST_ROUNDER_BITS = tl.constexpr(0x44400000)
-# More than any path's cost, which 2**-14 and a state number below it make at most 2**26: a path costs half
-# its squared distance less half the squared length, which is head_dim.
+# More than a path can cost: half its squared distance, less half the vector's squared length, is below 512,
+# which with a state in the low bits makes 2**26.
 _UNREACHED = tl.constexpr(1 << 28)
 _WINDOW = tl.constexpr(8)
-"""Pairs whose states a lane keeps in one word. It divides every head_dim / 2, and nine states have 27
-bits."""
+"""Pairs whose states a lane keeps in one word: nine states have up to 27 bits."""
 
 
 class EncoderTables(Protocol):
@@ -129,20 +129,47 @@ def _look_up(table, index):
         )
 
 
-@triton.jit
-def _read(pointers):
-    """Words of memory that this kernel has written, before a barrier, in the layout of the pointers."""
-    if _INTERPRET:
-        return tl.load(pointers)
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+@triton.constexpr_function
+def _open_asm(words):
+    return f".shared .align 4 .b8 search_scratch[{4 * words}];\nmov.u32 $0, search_scratch;"
 
 
 @triton.constexpr_function
-def _states(code):
-    return 1 << STATE_BITS[code]
+def _at(instruction):
+    """PTX of an instruction on shared memory; `[at` in it stands for word $1 of the kernel's."""
+    return f"{{.reg .b32 at;\nmov.u32 at, search_scratch;\nmad.lo.u32 at, $1, 4, at;\n{instruction}}}"
+
+
+@triton.jit
+def _open_scratch(WORDS: tl.constexpr):
+    """Static shared memory for the search; once a kernel. Tensors in it need no layout of their own."""
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            _open_asm(WORDS), "=r,r", [tl.arange(0, 32)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _put(scratch, index, value):
+    """Write int32 to shared memory. A tl.debug_barrier() must follow before another thread's _get."""
+    if _INTERPRET:
+        tl.store(scratch + index, value)
+    else:
+        tl.inline_asm_elementwise(
+            _at("st.shared.b32 [at], $2;\nmov.u32 $0, 0;"), "=r,r,r", [index, value],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _get(scratch, index):
+    """Read int32 from shared memory."""
+    if _INTERPRET:
+        return tl.load(scratch + index)
+    else:
+        return tl.inline_asm_elementwise(
+            _at("ld.shared.b32 $0, [at];"), "=r,r", [index], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.constexpr_function
@@ -159,111 +186,206 @@ def _tried(code):
 
 @triton.jit
 def _row(cells, x, y, new, CODE: tl.constexpr):
-    """Which branches into state `new` to try for each (x, y), int32."""
+    """Which branches into state `new` to try for each (x, y), int32; see codec.search_cells."""
     if _tries_all(CODE):
         return new
     else:
-        return _look_up(cells, _cell(x, y) * _states(CODE) + new)
+        return _look_up(cells, (_cell(x, y) << state_bits(CODE)) + new)
 
 
 @triton.jit
-def _point(lut, row, new, old, INDEX: tl.constexpr, CODE: tl.constexpr):
-    """Candidate INDEX of the branches from state `old` to `new`: its middle bits, and the packed point."""
-    MIDDLE_BITS: tl.constexpr = CODE - state_bits(CODE)
+def _branch(row, new, old, INDEX: tl.constexpr, CODE: tl.constexpr):
+    """Window of the INDEX-th branch to try from state `old` to `new`."""
+    BITS: tl.constexpr = state_bits(CODE)
+    MIDDLE_BITS: tl.constexpr = CODE - BITS
     if _tries_all(CODE):
         middle = INDEX
     else:
         middle = (row >> ((old * _tried(CODE) + INDEX) * MIDDLE_BITS)) & ((1 << MIDDLE_BITS) - 1)
-    window = (((new << MIDDLE_BITS) | middle) << state_bits(CODE)) | old
-    return middle, _look_up(lut, window)
+    return (new << CODE) | (middle << BITS) | old
 
 
 @triton.jit
-def _cost(point, x, y, DTYPE: tl.constexpr):
-    """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER."""
+def _unpack(point, DTYPE: tl.constexpr):
+    """A packed point's coordinates, and half its squared length plus _COST_ROUNDER."""
     px, py = unpack_halves(point, DTYPE)
-    return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
+    return px, py, 0.5 * (px * px + py * py) + _COST_ROUNDER
 
 
 @triton.jit
-def _points(lut, row, new, CODE: tl.constexpr):
-    """The points of all branches to try into state `new`, packed, by old state and candidate: a tuple."""
+def _cost(point, x, y, PACKED: tl.constexpr, DTYPE: tl.constexpr):
+    """Half the squared distance, without |(x, y)|^2 / 2, plus _COST_ROUNDER; point: packed, or of _unpack."""
+    if PACKED:
+        px, py = unpack_halves(point, DTYPE)
+        return px * (0.5 * px - x) + (py * (0.5 * py - y) + _COST_ROUNDER)
+    else:
+        px, py, half_norm = point
+        return (half_norm - px * x) - py * y
+
+
+@triton.jit
+def _search_windows(
+    scratch,
+    cells,
+    VECTORS: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    CODE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """The best paths through windows of eight pairs.
+
+    A path is one int32: the state before the eight and those after each, the last one lowest. Written, from
+    PATHS on, [HALF / 8, VECTORS, starts, states], one for each state after the eight: either AT_ONCE, windows
+    side by side and for each state before them, and then their costs from COSTS on; or one after the other,
+    for the best state before them alone, so that starts is 1. Returns the last costs.
+    """
+    BITS: tl.constexpr = state_bits(CODE)
+    TRIED: tl.constexpr = _tried(CODE)
+    TRY_ALL: tl.constexpr = _tries_all(CODE)
+    STATES: tl.constexpr = 1 << BITS
+    STARTS: tl.constexpr = STATES if AT_ONCE else 1
+    BRANCHES: tl.constexpr = STATES * TRIED
+    WINDOWS: tl.constexpr = HALF // _WINDOW
+    ROWS: tl.constexpr = VECTORS * (HALF_PAD // _WINDOW if AT_ONCE else 1)
+    COORDINATES: tl.constexpr = 1 << (CODE + BITS)
+    PATHS: tl.constexpr = COORDINATES + (HALF_PAD + WINDOWS) * VECTORS
+    COSTS: tl.constexpr = PATHS + WINDOWS * VECTORS * STARTS * STATES
+    new = tl.arange(0, STATES)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    row_of = tl.arange(0, ROWS)[:, None] + tl.zeros([1, STATES], tl.int32)
+    vector = row_of % VECTORS
+    # Where head_dim is not a power of two, some rows do the last window once more.
+    window = tl.minimum(row_of // VECTORS, WINDOWS - 1)
+    source = COORDINATES + window * (_WINDOW * VECTORS) + vector
+    costs = ()
+    for start in tl.static_range(STARTS):
+        # The low bits of a cost are its state.
+        costs = costs + (tl.where(new == start, 0, _UNREACHED) + new,)
+    settle = new - (tl.full([ROWS, STATES], _COST_ROUNDER_BITS, tl.int32) << BITS)
+
+    this = _get(scratch, source)
     points = ()
-    for old in tl.static_range(_states(CODE)):
-        for i in tl.static_range(_tried(CODE)):
-            _, point = _point(lut, row, new, old, i, CODE)
-            points = points + (point,)
-    return points
+    if TRY_ALL:
+        for b in tl.static_range(BRANCHES):
+            index = _branch(0, tl.arange(0, STATES)[None, :], b // TRIED, b % TRIED, CODE)
+            points = points + (_unpack(_get(scratch, index), DTYPE),)
+    else:
+        # Points are loaded one pair ahead, and which points, from a table too large for L1, four.
+        rows = ()
+        for first in tl.static_range(4):
+            x, y = unpack_halves(_get(scratch, source + first * VECTORS), tl.float16)
+            rows = rows + (_row(cells, x, y, new, CODE),)
+        for b in tl.static_range(BRANCHES):
+            index = _branch(rows[0], new, b // TRIED, b % TRIED, CODE)
+            points = points + (_get(scratch, index),)
+        row, row1, row2 = rows[1], rows[2], rows[3]
+        ahead = _get(scratch, source + 4 * VECTORS)
+    for k in tl.range(1 if AT_ONCE else WINDOWS):
+        paths = (new,) * STARTS
+        for i in tl.range(_WINDOW):
+            # Counted from the first pair of the row's window.
+            j = k * _WINDOW + i
+            last: tl.constexpr = (_WINDOW if AT_ONCE else HALF) - 1
+            x, y = unpack_halves(this, tl.float16)
+            this = _get(scratch, source + tl.minimum(j + 1, last) * VECTORS)
+            branches = ()
+            for old in tl.static_range(STATES):
+                branch = _cost(points[old * TRIED], x, y, not TRY_ALL, DTYPE)
+                for other in tl.static_range(1, TRIED):
+                    branch = tl.minimum(branch, _cost(points[old * TRIED + other], x, y, not TRY_ALL, DTYPE))
+                branches = branches + (branch.to(tl.int32, bitcast=True) << BITS,)
+            if not TRY_ALL:
+                points = ()
+                for b in tl.static_range(BRANCHES):
+                    index = _branch(row, new, b // TRIED, b % TRIED, CODE)
+                    points = points + (_get(scratch, index),)
+                row, row1 = row1, row2
+                x, y = unpack_halves(ahead, tl.float16)
+                row2 = _row(cells, x, y, new, CODE)
+                ahead = _get(scratch, source + tl.minimum(j + 5, last) * VECTORS)
+            next_costs, next_paths = (), ()
+            for start in tl.static_range(STARTS):
+                best = new
+                for old in tl.static_range(STATES):
+                    total = branches[old] + tl.gather(costs[start], new * 0 + old, 1)
+                    best = total if old == 0 else tl.minimum(best, total)
+                before = best & (STATES - 1)
+                next_costs = next_costs + ((best - before) + settle,)
+                next_paths = next_paths + ((tl.gather(paths[start], before, 1) << BITS) | new,)
+            costs, paths = next_costs, next_paths
+        for start in tl.static_range(STARTS):
+            place = (((window + k) * VECTORS + vector) * STARTS + start) * STATES + new
+            _put(scratch, PATHS + place, paths[start])
+            if AT_ONCE:
+                _put(scratch, COSTS + place, costs[start])
+    return costs[0]
 
 
 @triton.jit
 def _search(
-    pairs,
-    words,
-    path,
-    lut,
+    scratch,
     cells,
     VECTORS: tl.constexpr,
     HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
     CODE: tl.constexpr,
     DTYPE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """Viterbi's algorithm on coordinates that lie in scratch memory.
+    """Viterbi's algorithm on vectors in scratch.
 
-    pairs: packed float16 (x, y), int32 [HALF, VECTORS]. words: int32 [HALF / 8, VECTORS, states], scratch.
-    path: int32 [VECTORS, HALF / 8], written: the state before eight pairs and those after each, the last
-    one lowest.
+    scratch: packed points of the model's type, int32 [2**(CODE + BITS)], and from COORDINATES on the vectors'
+    pairs as float16, [HALF_PAD, VECTORS]. Written: from BEST on the best path, [HALF / 8, VECTORS], as in
+    _search_windows.
+
+    AT_ONCE: the best path's cost is a product of matrices over (min, +), one a window, so that windows can be
+    searched side by side and joined after. That is more work, but 64 steps in a row are the time of a search
+    that has the GPU to itself.
     """
-    STATES: tl.constexpr = _states(CODE)
     BITS: tl.constexpr = state_bits(CODE)
-    TRIED: tl.constexpr = _tried(CODE)
+    STATES: tl.constexpr = 1 << BITS
+    STARTS: tl.constexpr = STATES if AT_ONCE else 1
     WINDOWS: tl.constexpr = HALF // _WINDOW
+    BEST: tl.constexpr = (1 << (CODE + BITS)) + HALF_PAD * VECTORS
+    PATHS: tl.constexpr = BEST + WINDOWS * VECTORS
+    COSTS: tl.constexpr = PATHS + WINDOWS * VECTORS * STARTS * STATES
+    cost = _search_windows(scratch, cells, VECTORS, HALF, HALF_PAD, CODE, DTYPE, AT_ONCE)
+    tl.debug_barrier()
     new = tl.arange(0, STATES)[None, :] + tl.zeros([VECTORS, 1], tl.int32)
     vector = tl.arange(0, VECTORS)[:, None] + tl.zeros([1, STATES], tl.int32)
-    from_state = ()
-    for old in tl.static_range(STATES):
-        from_state = from_state + (new * 0 + old,)
-    # The low bits of a cost are its state.
-    cost = tl.where(new == 0, 0, _UNREACHED) + new
-    settle = new - (tl.full([VECTORS, STATES], _COST_ROUNDER_BITS, tl.int32) << BITS)
-
-    # Loads are issued pairs ahead: the points' of the next, the cells' of the one after, and its
-    # coordinates'.
-    source = pairs + vector
-    this, next, third = _read(source), _read(source + VECTORS), _read(source + 2 * VECTORS)
-    x, y = unpack_halves(this, tl.float16)
-    points = _points(lut, _row(cells, x, y, new, CODE), new, CODE)
-    x, y = unpack_halves(next, tl.float16)
-    row = _row(cells, x, y, new, CODE)
-    for k in tl.range(WINDOWS):
-        states = new
-        for i in tl.range(_WINDOW):
-            x, y = unpack_halves(this, tl.float16)
+    if AT_ONCE:
+        cost = tl.where(new == 0, 0, _UNREACHED) + new
+        for k in tl.range(WINDOWS):
+            place = (k * VECTORS + vector) * (STARTS * STATES) + new
             best = new
-            for old in tl.static_range(STATES):
-                branch = _cost(points[old * TRIED], x, y, DTYPE)
-                for t in tl.static_range(1, TRIED):
-                    branch = tl.minimum(branch, _cost(points[old * TRIED + t], x, y, DTYPE))
-                total = (branch.to(tl.int32, bitcast=True) << BITS) + tl.gather(cost, from_state[old], 1)
-                best = total if old == 0 else tl.minimum(best, total)
-            if not _tries_all(CODE):
-                points = _points(lut, row, new, CODE)
-                x, y = unpack_halves(third, tl.float16)
-                row = _row(cells, x, y, new, CODE)
-            this, next = next, third
-            third = _read(source + tl.minimum(k * _WINDOW + i + 3, HALF - 1) * VECTORS)
+            for start in tl.static_range(STATES):
+                total = _get(scratch, COSTS + place + start * STATES) - new
+                total += tl.gather(cost, new * 0 + start, 1)
+                best = total if start == 0 else tl.minimum(best, total)
             before = best & (STATES - 1)
-            states = (tl.gather(states, before, 1) << BITS) | new
-            cost = (best - before) + settle
-        tl.store(words + (k * VECTORS + vector) * STATES + new, states)
+            cost = (best - before) + new
+            # The best path to each state takes the place of the one from state 0.
+            _put(scratch, PATHS + place, _get(scratch, PATHS + place + before * STATES))
+        tl.debug_barrier()
 
-    # Each lane reads what it wrote itself; what the others of its vector hold comes from them.
     last = tl.broadcast_to(tl.min(cost, axis=1)[:, None], [VECTORS, STATES]) & (STATES - 1)
     for i in tl.range(WINDOWS):
         k = WINDOWS - 1 - i
-        states = tl.gather(tl.load(words + (k * VECTORS + vector) * STATES + new), last, 1)
-        tl.store(path + vector * WINDOWS + k, states, mask=new == 0)
-        last = (states >> (_WINDOW * BITS)) & (STATES - 1)
+        path = _get(scratch, PATHS + (k * VECTORS + vector) * (STARTS * STATES) + new)
+        path = tl.gather(path, last, 1)
+        _put(scratch, BEST + k * VECTORS + vector, path)
+        last = (path >> (_WINDOW * BITS)) & (STATES - 1)
+
+
+@triton.jit
+def _hadamard(rows, SIZE: tl.constexpr):
+    """Those rows of Sylvester's matrix, float32 [rows, SIZE] of +-1, SIZE a power of two up to 256."""
+    both = rows[:, None] & tl.arange(0, SIZE)[None, :]
+    parity = both ^ (both >> 4)
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return tl.where((parity & 1) == 0, 1.0, -1.0)
 
 
 @triton.jit
@@ -298,7 +420,6 @@ def _encode(
     lut,
     cells,
     scratch,
-    block,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -311,9 +432,10 @@ def _encode(
     GAIN: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARALLEL_STATES: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
-    vector = block * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
+    vector = tl.program_id(0) * BLOCK_VECTORS + tl.arange(0, BLOCK_VECTORS)
     token = (vector // NUM_HEADS).to(tl.int64)
     head = (vector % NUM_HEADS).to(tl.int64)
     slot = tl.load(slot_mapping + token, mask=vector < num_vectors, other=-1)
@@ -343,37 +465,47 @@ def _encode(
         amax_bits = tl.max(bits, axis=1)
         usable = (amax_bits > 0) & (amax_bits < _INFINITY_BITS)
         amax = tl.where(usable, amax_bits, 0).to(tl.float32, bitcast=True)
-        divisor = tl.where(usable, amax, 1.0)
 
         # Dividing by the largest coordinate first keeps denormals and 3e38 inside float32's range.
-        # Where R is a Hadamard matrix of +-1 / sqrt(d), dividing by a power of two instead keeps x
-        # exact in its 16 bits: one product on tensor cores then does what else takes three in tf32.
         HADAMARD: tl.constexpr = HALF == HALF_PAD
         if HADAMARD:
+            # R is a Hadamard matrix times a sign a column, which R's first row has, over sqrt(d). Dividing
+            # by a power of two keeps x exact in its 16 bits, so that one product on tensor cores does what
+            # otherwise takes three in tf32. The matrix's four quarters are the smaller one, with signs.
             exponent = tl.minimum(tl.maximum(amax_bits >> 23, 6), 250)
-            inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+            inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
             amax = (exponent << 23).to(tl.float32, bitcast=True) / tl.sqrt(float(HEAD_DIM))
             amax = tl.where(usable, amax, 0.0)
-        y1 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
-        y2 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
-        for start in tl.range(0, HEAD_DIM, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            part = tl.load(
-                source[:, None] + k[None, :],
-                mask=(keep & usable)[:, None] & (k < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            entry = rotation + pair[:, None] * HEAD_DIM + k[None, :]
-            inside = (pair < HALF)[:, None] & (k < HEAD_DIM)[None, :]
-            upper = tl.load(entry, mask=inside, other=0.0)
-            lower = tl.load(entry + HALF * HEAD_DIM, mask=inside, other=0.0)
-            if HADAMARD:
-                part = (part.to(tl.float32) * inverse[:, None]).to(x.dtype.element_ty)
-                upper = tl.where(upper > 0, 1.0, -1.0).to(x.dtype.element_ty)
-                lower = tl.where(lower > 0, 1.0, -1.0).to(x.dtype.element_ty)
-                y1 += dot(part, tl.trans(upper))
-                y2 += dot(part, tl.trans(lower))
-            else:
+            left = tl.zeros([BLOCK_VECTORS, HALF], tl.float32)
+            right = tl.zeros([BLOCK_VECTORS, HALF], tl.float32)
+            STEP: tl.constexpr = BLOCK_K if BLOCK_K < HALF else HALF
+            for start in tl.static_range(0, HALF, STEP):
+                k = start + tl.arange(0, STEP)
+                matrix = _hadamard(k, HALF).to(x.dtype.element_ty)
+                part = source[:, None] + k[None, :]
+                mine = (keep & usable)[:, None]
+                factor = tl.where(tl.load(rotation + k) > 0, inverse, -inverse)
+                scaled = tl.load(part, mask=mine, other=0.0).to(tl.float32) * factor
+                left += dot(scaled.to(x.dtype.element_ty), matrix)
+                factor = tl.where(tl.load(rotation + HALF + k) > 0, inverse, -inverse)
+                scaled = tl.load(part + HALF, mask=mine, other=0.0).to(tl.float32) * factor
+                right += dot(scaled.to(x.dtype.element_ty), matrix)
+            y1, y2 = left + right, left - right
+        else:
+            divisor = tl.where(usable, amax, 1.0)
+            y1 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
+            y2 = tl.zeros([BLOCK_VECTORS, HALF_PAD], tl.float32)
+            for start in tl.range(0, HEAD_DIM, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                part = tl.load(
+                    source[:, None] + k[None, :],
+                    mask=(keep & usable)[:, None] & (k < HEAD_DIM)[None, :],
+                    other=0.0,
+                )
+                entry = rotation + pair[:, None] * HEAD_DIM + k[None, :]
+                inside = (pair < HALF)[:, None] & (k < HEAD_DIM)[None, :]
+                upper = tl.load(entry, mask=inside, other=0.0)
+                lower = tl.load(entry + HALF * HEAD_DIM, mask=inside, other=0.0)
                 part = tl.div_rn(part.to(tl.float32), tl.broadcast_to(divisor[:, None], part.shape))
                 y1 = tl.dot(part, tl.trans(upper), acc=y1, input_precision="tf32x3")
                 y2 = tl.dot(part, tl.trans(lower), acc=y2, input_precision="tf32x3")
@@ -399,36 +531,42 @@ def _encode(
             y2 *= unit
             DTYPE: tl.constexpr = x.dtype.element_ty
             BITS: tl.constexpr = state_bits(CODE)
+            TRIED: tl.constexpr = _tried(CODE)
             WINDOWS: tl.constexpr = HALF // _WINDOW
             packed = y1.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             packed |= y2.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            POINTS: tl.constexpr = 1 << (CODE + BITS)
+            BEST: tl.constexpr = POINTS + HALF_PAD * BLOCK_VECTORS
             row = tl.arange(0, BLOCK_VECTORS)[:, None]
-            words = scratch + BLOCK_VECTORS * HALF_PAD
-            path = words + BLOCK_VECTORS * WINDOWS * _states(CODE)
-            # Other threads may still read what they kept of the program's last block.
+            place = POINTS + pair[None, :] * BLOCK_VECTORS + row
+            _put(scratch, tl.arange(0, POINTS), tl.load(lut + tl.arange(0, POINTS)))
+            _put(scratch, place, packed)
             tl.debug_barrier()
-            tl.store(scratch + pair[None, :] * BLOCK_VECTORS + row, packed)
-            tl.debug_barrier()
-            _search(scratch, words, path, lut, cells, BLOCK_VECTORS, HALF, CODE, DTYPE)
+            _search(scratch, cells, BLOCK_VECTORS, HALF, HALF_PAD, CODE, DTYPE, PARALLEL_STATES >= 1 << BITS)
             tl.debug_barrier()
 
+            # Coordinates are read back, as those in registers would leave few for the search.
+            x1, x2 = unpack_halves(_get(scratch, place), tl.float16)
             inside = (pair < HALF)[None, :]
-            states = tl.load(path + row * WINDOWS + (pair // _WINDOW)[None, :], mask=inside, other=0)
+            window = tl.minimum(pair // _WINDOW, WINDOWS - 1)[None, :]
+            states = _get(scratch, BEST + window * BLOCK_VECTORS + row)
             states = states >> ((pair % _WINDOW ^ (_WINDOW - 1)) * BITS)[None, :]
             new, old = states & ((1 << BITS) - 1), (states >> BITS) & ((1 << BITS) - 1)
-            tried = _row(cells, y1, y2, new, CODE)
-            middle, point = _point(lut, tried, new, old, 0, CODE)
-            least = _cost(point, y1, y2, DTYPE)
-            for i in tl.static_range(1, _tried(CODE)):
-                other_middle, other = _point(lut, tried, new, old, i, CODE)
-                cost = _cost(other, y1, y2, DTYPE)
-                middle = tl.where(cost < least, other_middle, middle)
-                point = tl.where(cost < least, other, point)
+            tried = _row(cells, x1, x2, new, CODE)
+            window = _branch(tried, new, old, 0, CODE)
+            point = _get(scratch, window)
+            least = _cost(point, x1, x2, True, DTYPE)
+            for i in tl.static_range(1, TRIED):
+                other_window = _branch(tried, new, old, i, CODE)
+                other_point = _get(scratch, other_window)
+                cost = _cost(other_point, x1, x2, True, DTYPE)
+                window = tl.where(cost < least, other_window, window)
+                point = tl.where(cost < least, other_point, point)
                 least = tl.minimum(cost, least)
-            codes = (new << (CODE - BITS)) | middle
+            codes = window >> BITS
             px, py = unpack_halves(point, DTYPE)
             length = tl.sqrt(tl.sum(tl.where(inside, px * px + py * py, 0.0), axis=1))
-            product = tl.sum(tl.where(inside, y1 * px + y2 * py, 0.0), axis=1)
+            product = tl.sum(tl.where(inside, x1 * px + x2 * py, 0.0), axis=1)
             cos = product / (length * tl.sqrt(float(HEAD_DIM)))
             gain = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
             if GAIN == "fit":
@@ -464,6 +602,7 @@ def _store_kernel(
     VALUE_GAIN: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARALLEL_STATES: tl.constexpr,
     SCRATCH_WORDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -477,29 +616,38 @@ def _store_kernel(
     VALUE_OFFSET: tl.constexpr,
     VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    program = tl.program_id(0) * 2 + tl.program_id(1)
-    scratch += program.to(tl.int64) * SCRATCH_WORDS
-    for block in tl.range(tl.program_id(0), tl.cdiv(num_vectors, BLOCK_VECTORS), tl.num_programs(0)):
-        if tl.program_id(1) == 0:
-            _encode(
-                key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
-                rotation, key_lut, key_cells, scratch, block, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
-                PAGE_BYTES, KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, BLOCK_VECTORS, BLOCK_K,
-            )  # fmt: skip
-        else:
-            _encode(
-                value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping,
-                num_vectors, rotation, value_lut, value_cells, scratch, block, NUM_HEADS, HEAD_DIM,
-                HALF_PAD, BLOCK_SIZE, PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
-                VALUE_RADIUS_OFFSET, VALUE_GAIN, BLOCK_VECTORS, BLOCK_K,
-            )  # fmt: skip
+    if SCRATCH_WORDS:
+        _open_scratch(SCRATCH_WORDS)
+    if tl.program_id(1) == 0:
+        _encode(
+            key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
+            rotation, key_lut, key_cells, scratch, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
+            KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
+        )  # fmt: skip
+    else:
+        _encode(
+            value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping, num_vectors,
+            rotation, value_lut, value_cells, scratch, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
+            PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
+            VALUE_RADIUS_OFFSET, VALUE_GAIN, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
+        )  # fmt: skip
 
 
-def _scratch_words(fmt: PolarFormat, vectors: int) -> int:
-    """Words that the search of so many vectors keeps: coordinates, each state's path, and the best one."""
+def scratch_words(fmt: PolarFormat, vectors: int, parallel_states: int) -> int:
+    """Words of shared memory for the search of so many vectors: points, coordinates and paths.
+
+    parallel_states: windows of trellises of at most so many states are searched side by side.
+    """
     half = fmt.head_dim // 2
-    states = max(1 << v.state_bits if v.kind == "polar" else 0 for v in (fmt.key, fmt.value))
-    return vectors * (triton.next_power_of_2(half) + half // _WINDOW.value * (states + 1))
+    windows = half // _WINDOW.value
+    words = [0]
+    for vector in (fmt.key, fmt.value):
+        if vector.kind == "polar":
+            states = 1 << vector.state_bits
+            points = 1 << (vector.pair_bits + vector.state_bits)
+            paths = windows * states * (2 * states if states <= parallel_states else 1)
+            words.append(points + vectors * (triton.next_power_of_2(half) + windows + paths))
+    return max(words)
 
 
 def store_kv(
@@ -545,10 +693,10 @@ def store_kv(
     # Few vectors leave most of the GPU idle: small programs then have the least latency.
     op = "store" if num_vectors >= MANY_VECTORS else "store_few"
     config = tuning.config(op, fmt, key.device)
-    programs = min(triton.cdiv(num_vectors, config["block_vectors"]), config["programs"])
-    scratch_words = _scratch_words(fmt, config["block_vectors"])
-    scratch = torch.empty(2 * programs * scratch_words, dtype=torch.int32, device=key.device)
-    _store_kernel[(programs, 2)](
+    words = scratch_words(fmt, config["block_vectors"], config["parallel_states"])
+    # The interpreter has no shared memory of ours.
+    scratch = torch.empty(words, dtype=torch.int32) if INTERPRET else None
+    _store_kernel[(triton.cdiv(num_vectors, config["block_vectors"]), 2)](
         key,
         key.stride(0),
         key.stride(1),
@@ -570,8 +718,10 @@ def store_kv(
         VALUE_GAIN=fmt.value.gain,
         BLOCK_VECTORS=config["block_vectors"],
         BLOCK_K=config["block_k"],
-        SCRATCH_WORDS=scratch_words,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        maxnreg=config["maxnreg"],
+        PARALLEL_STATES=config["parallel_states"],
+        SCRATCH_WORDS=words,
         **page_constants(fmt),
     )

@@ -2,8 +2,9 @@
 
     python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
 
-takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel) and prints,
-as JSON, the bytes of static and of dynamic shared memory and the registers a thread of each.
+takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel with few
+tokens, -1 with many) and prints, as JSON, the bytes of static and of dynamic shared memory and the registers
+a thread of each.
 """
 
 from __future__ import annotations
@@ -48,21 +49,26 @@ def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, di
     return decode._split_kernel, constants, options
 
 
-def store_kernel(fmt: PolarFormat) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The kernel of store_kv for few tokens, its constants and its launch options."""
-    config = tuning.config("store_few", fmt, torch.device("cpu"))
+def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The kernel of store_kv, its constants and its launch options; op: store or store_few."""
+    config = tuning.config(op, fmt, torch.device("cpu"))
     constants = {
         "NUM_HEADS": 8, "KEY_GAIN": fmt.key.gain, "VALUE_GAIN": fmt.value.gain,
         "BLOCK_VECTORS": config["block_vectors"], "BLOCK_K": config["block_k"],
-        "SCRATCH_WORDS": store._scratch_words(fmt, config["block_vectors"]), **page_constants(fmt),
+        "PARALLEL_STATES": config["parallel_states"],
+        "SCRATCH_WORDS": store.scratch_words(fmt, config["block_vectors"], config["parallel_states"]),
+        **page_constants(fmt),
     }  # fmt: skip
-    return store._store_kernel, constants, {"num_warps": config["num_warps"]}
+    return store._store_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
 
 
 def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int]:
     """Static and dynamic shared memory in bytes, registers a thread."""
     fmt = PolarFormat(preset, head_dim, 16)
-    kernel, constants, options = decode_kernel(capability, fmt, sets) if sets else store_kernel(fmt)
+    if sets > 0:
+        kernel, constants, options = decode_kernel(capability, fmt, sets)
+    else:
+        kernel, constants, options = store_kernel(fmt, "store" if sets else "store_few")
     signature = {
         name: "constexpr" if name in constants else POINTERS.get(name) or SCALARS.get(name, "i32")
         for name in kernel.arg_names

@@ -28,6 +28,10 @@ CASES = [
     (120, "polarquant_k2v2", 128, 1),
     (80, "polarquant_k2.5v2.5", 80, 0),
     (90, "polarquant_k4v3", 128, 0),
+    (90, "polarquant_k4v4", 64, -1),
+    (90, "polarquant_k2v2", 96, -1),
+    (90, "polarquant_k2v2", 256, -1),
+    (90, "polarquant_k3.5v3.5", 128, -1),
 ]
 
 

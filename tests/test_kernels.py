@@ -155,6 +155,24 @@ def test_store_agrees_with_the_reference(preset, head_dim, device):
     check_store(key, value, have, want, slots, fmt)
 
 
+@pytest.mark.parametrize(
+    ("preset", "head_dim"), [(K4V4, 64), ("polarquant_k3v3", 80), ("polarquant_k3v2", 64)]
+)
+def test_store_of_many_tokens_finds_the_codes_of_few(preset, head_dim, device, monkeypatch):
+    """Windows of the search go side by side for few tokens, one after the other for many."""
+    fmt = PolarFormat(preset, head_dim, 16)
+    key, value = (vectors((19, 2, head_dim), torch.bfloat16, device) for _ in "kv")
+    few, many, want = (empty_cache(fmt, 2, 2, device) for _ in "fmw")
+    slots = torch.arange(19, device=device)
+    store_kv(key, value, few, slots, fmt, tables(fmt, key.dtype, device))
+    monkeypatch.setattr(store, "MANY_VECTORS", 1)
+    store_kv(key, value, many, slots, fmt, tables(fmt, key.dtype, device))
+    # Paths of equal cost may be chosen differently.
+    assert (few != many).double().mean() < 0.01
+    reference.store_kv(key, value, want, slots, fmt)
+    check_store(key, value, many, want, slots, fmt)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("layout", "block_size"), LAYOUTS)
 def test_store_in_every_layout(layout, block_size, dtype, device):
