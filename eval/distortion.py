@@ -222,7 +222,11 @@ def main(
         raise typer.BadParameter("--json and --markdown exclude each other")
     if probe_rows == 1:
         raise typer.BadParameter("--probe-rows 1 has no standard error; take 0, or 2 and more")
-    probe = ProbeText(probe_rows) if probe_rows and PROBE_HEAD_DIM in dims else None
+    if probe_rows and PROBE_HEAD_DIM not in dims:
+        raise typer.BadParameter(
+            f"--probe-rows needs {PROBE_HEAD_DIM}, the shipped model's head_dim, among --head-dims"
+        )
+    probe = ProbeText(probe_rows) if probe_rows else None
     found = {d: rows(d, vectors, seed, probe, progress=sys.stderr.isatty()) for d in dims}
     if as_json:
         report = {
