@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -137,8 +138,29 @@ def fitting(llm: Any, tokens: int) -> int:
     return int((config.num_gpu_blocks - 1) // -(-tokens // config.block_size))
 
 
-def measure(dtype: str, plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Boot one engine and yield (name, finding) for all that the plan asks, the cheapest first."""
+def full_memory_s(found: dict[str, Any], requests: int, context: int, steps: int) -> float:
+    """Seconds that so many requests' prefill and decode steps will take, judged by what was found before.
+
+    found: findings of `measure`. Without a prefill rate and a step's time among them, 0.
+    """
+    rates = [report.value(x) for name, x in found.items() if name.startswith("prefill_tokens_per_s ")]
+    # A long batch's step is in proportion to its tokens.
+    per_token = [
+        (report.value(x) or 0) / math.prod(map(int, name.split(" ")[1].split("x")))
+        for name, x in found.items()
+        if name.startswith("tpot_ms ")
+    ]
+    if not rates or not rates[-1] or not per_token:
+        return 0.0
+    return requests * context * (1 / rates[-1] + steps * min(per_token) / 1000)
+
+
+def measure(dtype: str, plan: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Boot one engine and yield (name, finding) for all that the plan asks, the cheapest first.
+
+    found: what was yielded so far, kept by the caller. By it a full memory that would take longer than is
+        left of the plan's limit is not begun.
+    """
     from vllm import LLM
 
     from vllm_polarquant.eval.engine import kv_tokens
@@ -184,17 +206,22 @@ def measure(dtype: str, plan: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for prefix, chunk in plan["ttft_prefix"]:
         start = prompts("prefix", 1, prefix)[0]["prompt_token_ids"]
         _generate(llm, [{"prompt_token_ids": start}], 1)
-        found = []
+        chunks = []
         for i in range(1 + repeats):
             rest = prompts(f"chunk {i}", 1, chunk)[0]["prompt_token_ids"]
             output = _generate(llm, [{"prompt_token_ids": start + rest}], 1)[0]
             if output.num_cached_tokens < prefix - 256:
                 raise RuntimeError(f"only {output.num_cached_tokens} of {prefix} tokens were cached")
-            found.append(_ttft_ms(output))
-        yield f"ttft_prefix_ms {prefix}x{chunk}", report.spread(found[1:])
+            chunks.append(_ttft_ms(output))
+        yield f"ttft_prefix_ms {prefix}x{chunk}", report.spread(chunks[1:])
 
     for context in plan["full_memory"]:
         requests = min(fitting(llm, context + tokens), plan["max_num_seqs"])
+        takes = full_memory_s(found, requests, context, (1 + repeats) * tokens)
+        if takes > (left := plan["limit_s"] - (time.perf_counter() - booted)):
+            error = f"{requests} requests would take {takes:.0f} s, {left:.0f} s are left of the limit"
+            yield f"full_memory {context}", {"error": error}
+            continue
         batchful = prompts(f"cell {context}", requests, context)
         filled = _seconds(llm, batchful, 2)
         rates, total = [], []
@@ -225,7 +252,7 @@ def _one(dtype: str, plan: dict[str, Any], part: Path) -> None:
     found: dict[str, Any] = {}
     started = time.perf_counter()
     try:
-        for name, finding in measure(dtype, plan):
+        for name, finding in measure(dtype, plan, found):
             found[name] = finding
             part.write_text(json.dumps(found))
             seconds = time.perf_counter() - started
@@ -370,7 +397,7 @@ def _full(runs: dict[str, Any], base: dict[str, Any], name: str) -> Section:
             [
                 dtype,
                 report.number(full.get("requests")),
-                report.shown(_cell(run, rate)),
+                report.shown(_cell(run, full if "error" in full else rate)),
                 report.times(report.ratio(rate, first)),
                 report.shown(full.get("with_scheduling_tokens_per_s")),
                 report.number(full.get("fill_s")),
@@ -437,6 +464,7 @@ def main(
         "repeats": repeats,
         "max_model_len": max(contexts) + tokens + 16,
         "max_num_seqs": max_seqs or max([*batches, 256 if full else 1]),
+        "limit_s": limit,
         "engine": json.loads(engine),
     }
     asked = " ".join(sys.argv[1:])

@@ -347,6 +347,17 @@ def test_a_step_is_that_of_the_request_which_started_last() -> None:
     assert bench_engine.step_ms([output(1.0, 9.0), output(5.0, 5.2)]) == pytest.approx(20)
 
 
+def test_the_time_of_a_full_memory_is_that_of_its_prefill_and_steps() -> None:
+    found = {
+        "prefill_tokens_per_s 4x16384": report.spread([32768.0]),
+        "tpot_ms 8x1024": report.spread([5.0]),
+        "tpot_ms 32x16384": report.spread([16.0]),
+    }
+    # 64 prompts of half a second each, and 100 steps of twice 16 ms.
+    assert bench_engine.full_memory_s(found, 64, 16384, 100) == pytest.approx(32 + 3.2)
+    assert bench_engine.full_memory_s({"kv_tokens": 10}, 64, 16384, 100) == 0
+
+
 def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_left() -> None:
     full = {"requests": 54, "tokens_per_s": report.spread([1000.0]), "fill_s": 1.0, "preemptions": 0}
     runs = {
@@ -357,20 +368,24 @@ def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_
             "full_memory 16384": full | {"requests": 210, "tokens_per_s": report.spread([2500.0])},
         },
         "int4_per_token_head": {"kv_tokens": 3800, "error": "exceeded 300 s"},
+        "turboquant_4bit_nc": {"kv_tokens": 3400, "full_memory 16384": {"error": "90 s are left"}},
     }
     fits, steps, memory = bench_engine.sections({"environment": {}, "command": "", "runs": runs})
     assert [row[:3] for row in fits.rows] == [
         ["auto", "1,000", "1.00x"],
         [K4V4, "3,900", "3.90x"],
         ["int4_per_token_head", "3,800", "3.80x"],
+        ["turboquant_4bit_nc", "3,400", "3.40x"],
     ]
     assert fits.rows[2][-1] == "exceeded 300 s"
     assert steps.rows == [
         ["auto", "20.00", "1.00x"],
         [K4V4, "10.00", "0.50x"],
         ["int4_per_token_head", "exceeded 300 s", "-"],
+        ["turboquant_4bit_nc", "not measured", "-"],
     ]
     assert [row[1:4] for row in memory.rows[:2]] == [["54", "1,000", "1.00x"], ["210", "2,500", "2.50x"]]
+    assert [row[2] for row in memory.rows[2:]] == ["exceeded 300 s", "90 s are left"]
 
 
 @pytest.mark.slow
