@@ -25,7 +25,6 @@ from vllm_polarquant.kernels.lanes import (
     fill_table,
     hadamard,
     load_words,
-    maximum,
     mma,
     of_all_warps,
     open_shared,
@@ -272,15 +271,14 @@ def _attend(
                 score = tl.where(token + (8 * (i // 2) + i % 2) < limits[k], score, float("-inf"))
             scores = scores + (score,)
         if tl.float16 == DTYPE:
-            # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten slots
-            # may hold any radius, so their heights are -inf or NaN, which the maxima leave out.
+            # Weights times radii, which float16 must hold, are kept under 1, not the weights.
             heights = ()
             for i in tl.static_range(4):
-                heights = heights + (scores[i] + maximum(tl.log2(radius[4 + i]), -60.0),)
+                heights = heights + (scores[i] + tl.maximum(tl.log2(radius[4 + i]), -60.0),)
         else:
             heights = scores
-        tile = maximum(maximum(heights[0], heights[1]), maximum(heights[2], heights[3]))
-        peak = maximum(peaks[k], quad_max(tile))
+        tile = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
+        peak = tl.maximum(peaks[k], quad_max(tile))
         shift = peak
         if MASKED:
             # A row that has seen nothing yet would subtract infinities.

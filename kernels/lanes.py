@@ -124,20 +124,10 @@ def shuffle_from(x, lane):
 
 
 @triton.jit
-def maximum(x, y):
-    """The larger of two float32, or the other one where one is NaN, as PTX's max gives it."""
-    if _INTERPRET:
-        # tl.maximum is NaN there in the interpreter of Triton 3.6 and 3.7.
-        return tl.where((x > y) | (y != y), x, y)
-    else:
-        return tl.maximum(x, y)
-
-
-@triton.jit
 def quad_max(x):
-    """The maximum over the four lanes of each quad, of those that are not NaN."""
-    x = maximum(x, shuffle_xor(x, 1))
-    return maximum(x, shuffle_xor(x, 2))
+    """The maximum over the four lanes of each quad."""
+    x = tl.maximum(x, shuffle_xor(x, 1))
+    return tl.maximum(x, shuffle_xor(x, 2))
 
 
 @triton.jit
