@@ -23,6 +23,7 @@ from vllm_polarquant.kernels.lanes import (
     DYNAMIC,
     exchange_bytes,
     fill_table,
+    for_maximum,
     hadamard,
     load_words,
     mma,
@@ -271,10 +272,12 @@ def _attend(
                 score = tl.where(token + (8 * (i // 2) + i % 2) < limits[k], score, float("-inf"))
             scores = scores + (score,)
         if tl.float16 == DTYPE:
-            # Weights times radii, which float16 must hold, are kept under 1, not the weights.
+            # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten slots
+            # may hold any radius, so their heights are -inf or NaN.
             heights = ()
             for i in tl.static_range(4):
-                heights = heights + (scores[i] + tl.maximum(tl.log2(radius[4 + i]), -60.0),)
+                height = scores[i] + tl.maximum(tl.log2(radius[4 + i]), -60.0)
+                heights = heights + (for_maximum(height),)
         else:
             heights = scores
         tile = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))

@@ -124,6 +124,18 @@ def shuffle_from(x, lane):
 
 
 @triton.jit
+def for_maximum(x):
+    """x, float32, of which tl.maximum shall leave NaN out, as PTX's max does.
+
+    The interpreter of Triton 3.6 and 3.7 would pass NaN on, so there it is -inf.
+    """
+    if _INTERPRET:
+        return tl.where(x == x, x, float("-inf"))
+    else:
+        return x
+
+
+@triton.jit
 def quad_max(x):
     """The maximum over the four lanes of each quad."""
     x = tl.maximum(x, shuffle_xor(x, 1))
