@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from vllm_polarquant.codec import PolarQuant, rotation
-from vllm_polarquant.format import BITS
+from vllm_polarquant.format import BITS, SCALAR_BITS
 
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 PAPER_BLOCK, PAPER_BITS = 16, (4, 2, 2, 2)
@@ -311,7 +311,7 @@ def _lloyd_max_peers(bits: int) -> list[Peer]:
 def all_peers() -> list[Peer]:
     """Every row of the table."""
     radius = _constant(FLOAT16_BITS)
-    peers = [_polarquant(bits) for bits in BITS]
+    peers = [_polarquant(bits) for bits in (*BITS, SCALAR_BITS)]
     peers += [
         Peer(f"golden-angle spiral, {bits:g} bits, memoryless", _constant(bits), radius, _spiral(bits))
         for bits in (2, 2.5, 3, 3.5, 4)

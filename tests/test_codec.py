@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vllm_polarquant
+from vllm_polarquant import scalar
 from vllm_polarquant.codebook import lattice, trellis_points
 from vllm_polarquant.codec import (
     PolarQuant,
@@ -37,6 +38,7 @@ from vllm_polarquant.format import (
     HEAD_DIMS,
     MIN_FIT_GAIN,
     PRESETS,
+    SCALAR_BITS,
     STATE_BITS,
     PolarFormat,
     UnsupportedFormat,
@@ -45,12 +47,18 @@ from vllm_polarquant.format import (
 
 # At d = 128, by the bits stored a coordinate with the radius counted: what the format promises.
 DISTORTION = {2.125: 0.083, 2.625: 0.042, 3.125: 0.0224, 3.625: 0.0114, 4.125: 0.0065}
+SCALAR_DISTORTION = 1.9e-5
+"""Of 8 bits a coordinate, at any d."""
+LIBRARY_BITS = (*BITS, SCALAR_BITS)
 GAINS = ("norm", "unbiased", "fit")
 # float16 keeps 11 bits of a radius in its usual range, and 1 % outside it.
 RADIUS_ERROR, WIDE_RADIUS_ERROR = 2**-11, 0.01
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CODEBOOK = json.loads((files(vllm_polarquant) / "codebook.json").read_text())
+
+
+VECTORS = dict.fromkeys([*(v for pair in PRESETS.values() for v in pair), PolarQuant(64, 8).vector])
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,6 +88,19 @@ def walk(codes: list[int], width: int) -> list[tuple[float, float]]:
 def walks(codes: torch.Tensor, width: int) -> torch.Tensor:
     """`walk` of every row of codes [n, m]: float64 [n, m, 2]."""
     return torch.tensor([walk(row, width) for row in codes.tolist()], dtype=torch.float64)
+
+
+def scalar_walk(codes: list[int]) -> list[float]:
+    """The values of one vector's bytes, straight from the definition, one after the other."""
+    values = []
+    for j, code in enumerate(codes):
+        label = 0
+        for i, tap in enumerate(scalar.TAPS):
+            if codes[(j - i) % len(codes)] % 2:
+                label ^= tap
+        u = (code // 2 * 32 + label + 0.5) / 4096
+        values.append(scalar.SCALE * math.log(u / (1 - u)))
+    return values
 
 
 def bit_stream(codes: list[int], width: int) -> bytes:
@@ -241,6 +262,81 @@ def test_distortion_of_any_vector(bits, d):
     assert distortion(x, x_hat) < 1.1 * DISTORTION[bits + 0.125]
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_distortion_of_8_bits(d, seed):
+    codec = PolarQuant(d, 8)
+    x = gaussian(4096 * 64 // d, d, seed=seed)
+    assert distortion(x, codec.decompress(*codec.compress(x))) <= SCALAR_DISTORTION
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_distortion_of_any_vector_with_8_bits(d):
+    codec = PolarQuant(d, 8)
+    x = torch.cat([gaussian(64, d), torch.eye(d), torch.ones(1, d), gaussian(64, d).exp()])
+    x_hat = codec.decompress(*codec.compress(x))
+    assert distortion(x, x_hat) < 1.1 * SCALAR_DISTORTION
+    # A vector that starts with a large coordinate is no exception.
+    assert max(distortion(*pair) for pair in zip(x, x_hat, strict=True)) < 5 * SCALAR_DISTORTION
+
+
+def test_scalar_values_follow_the_definition():
+    codes = torch.randint(256, (2, 3, 40), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    expected = torch.tensor([scalar_walk(row) for row in codes.flatten(0, 1).tolist()])
+    assert (scalar.values(codes).flatten(0, 1) - expected).abs().max() < 1e-6
+    # What stored bytes mean.
+    known = [-3.2722, -1.2272, -0.6919, -0.3142, 0.0168, 0.3500, 0.7367, 1.3042]
+    assert scalar.values(torch.arange(1, 256, 32, dtype=torch.uint8)).tolist() == pytest.approx(
+        known, abs=1e-4
+    )
+    assert scalar.levels().shape == (4096,) and (scalar.levels().diff() > 0).all()
+
+
+@pytest.mark.parametrize("d", [8, 10])
+def test_scalar_viterbi_finds_the_best_of_all_bytes(d):
+    """All strings of lowest bits are tried; with those fixed, each coordinate's place is its own."""
+    y = gaussian(2, d, seed=3) * 1.3
+    y[0, 0], y[1, -1] = 5, -9
+    best = torch.full((2, 256), torch.inf)
+    for low in itertools.product(range(2), repeat=d):
+        values = torch.tensor([scalar_walk([2 * place + bit for bit in low]) for place in range(128)])
+        state = int("".join(map(str, low[-8:])), 2)
+        cost = (values - y[:, None]).square().amin(1).sum(-1)
+        best[:, state] = torch.minimum(best[:, state], cost)
+    codes = scalar.viterbi(y.repeat_interleave(256, 0), torch.arange(256).repeat(2))
+    assert codes.dtype == torch.uint8
+    reached = torch.tensor([scalar_walk(row) for row in codes.tolist()]).view(2, 256, d) - y[:, None]
+    assert (reached.square().sum(-1) / best - 1).abs().max() < 1e-4
+
+
+def test_scalar_search_starts_where_little_is_lost():
+    y = gaussian(4, 64, seed=6)
+    y[0, 0] = 4.5
+
+    def cost(codes: torch.Tensor) -> torch.Tensor:
+        return (scalar.values(codes) - y.repeat_interleave(len(codes) // 4, 0)).square().sum(-1)
+
+    every = scalar.viterbi(y.repeat_interleave(256, 0), torch.arange(256).repeat(4))
+    best = cost(every).view(4, 256).amin(1)
+    assert cost(scalar.search(y)).sum() < 1.05 * best.sum()
+
+
+def test_scalar_search_in_parts_is_the_search_at_once(monkeypatch):
+    y = gaussian(7, 16)
+    whole = scalar.search(y)
+    assert torch.equal(scalar.search(y), whole)
+    monkeypatch.setattr("vllm_polarquant.scalar._VECTORS_AT_ONCE", 3)
+    assert torch.equal(scalar.search(y), whole)
+
+
+def test_decode_of_8_bits_in_float64():
+    codes = torch.randint(256, (3, 96), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    radius = torch.tensor([1.0, 0.5, 12.0]).half()
+    unit = torch.tensor([scalar_walk(row) for row in codes.tolist()], dtype=torch.float64)
+    expected = unit @ rotation(96) * radius.double()[:, None]
+    assert (PolarQuant(96, 8).decompress(radius, codes) - expected).abs().max() < 1e-4
+
+
 def test_distortion_of_fp8_and_raw():
     x = gaussian(256, 128)
     fp8 = VectorFormat("fp8", 8)
@@ -255,7 +351,7 @@ def test_distortion_of_fp8_and_raw():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (5,), (2, 3), (2, 0, 3), (2, 1, 3, 4)])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LIBRARY_BITS)
 def test_leading_dims(bits, shape):
     codec = PolarQuant(80, bits)
     x = gaussian(*shape, 80)
@@ -279,7 +375,7 @@ def test_strided_input():
     assert torch.equal(codes, expected[1])
 
 
-@pytest.mark.parametrize("vector", dict.fromkeys(v for pair in PRESETS.values() for v in pair), ids=str)
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_zero_is_zero(vector, d):
     radius, codes = encode(torch.zeros(3, d), vector)
@@ -323,6 +419,7 @@ def test_largest_vectors_stay_finite(value):
         for vector in (
             VectorFormat("polar", 2, "unbiased"),
             VectorFormat("polar", 4),
+            VectorFormat("scalar", 8),
             VectorFormat("fp8", 8),
         ):
             x_hat = decode(*encode(x, vector), vector)
@@ -330,7 +427,7 @@ def test_largest_vectors_stay_finite(value):
             assert torch.nn.functional.cosine_similarity(x_hat / value, x / value, dim=0) > 0.9
 
 
-@pytest.mark.parametrize("vector", dict.fromkeys(v for pair in PRESETS.values() for v in pair), ids=str)
+@pytest.mark.parametrize("vector", VECTORS, ids=str)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_become_zero(vector, poison):
     clean = gaussian(4, 3, 128)
@@ -349,13 +446,13 @@ def test_nan_and_infinity_become_zero(vector, poison):
     assert torch.equal(codes[untouched], expected[1][untouched])
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LIBRARY_BITS)
 def test_gains(bits):
     x = gaussian(200, 128).double()
     square = x.square().sum(-1)
     x_hat = {}
     for gain in GAINS:
-        vector = VectorFormat("polar", bits, gain)
+        vector = VectorFormat("scalar" if bits == SCALAR_BITS else "polar", bits, gain)
         x_hat[gain] = decode(*encode(x, vector), vector).double()
     # Gains share the codes, so the decoded directions are the same.
     cosine = (x * x_hat["norm"]).sum(-1) / square.sqrt() / x_hat["norm"].norm(dim=-1)
@@ -422,7 +519,7 @@ def test_unpack_reads_any_bytes(data):
 
 @given(
     st.lists(st.floats(width=32), min_size=64, max_size=64),
-    st.sampled_from(sorted(BITS)),
+    st.sampled_from(LIBRARY_BITS),
 )
 @settings(max_examples=200, deadline=None)
 def test_any_floats_come_back_finite(values, bits):
@@ -460,9 +557,9 @@ def test_unknown_d(d):
         PolarQuant(d, 4)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2.25, 5, 8])
+@pytest.mark.parametrize("bits", [0, 1, 2.25, 5, 7, 16])
 def test_unknown_bits(bits):
-    with pytest.raises(UnsupportedFormat, match=rf"bits = {bits} is not one of 2, 2\.5, 3, 3\.5, 4"):
+    with pytest.raises(UnsupportedFormat, match=rf"bits = {bits} is not one of 2, 2\.5, 3, 3\.5, 4, 8$"):
         PolarQuant(64, bits)
 
 
@@ -477,7 +574,9 @@ def test_wrong_arguments():
             codec.decompress(r, c)
 
 
-@pytest.mark.parametrize(("d", "bits", "stored"), [(128, 2, 2.125), (64, 3.5, 3.75), (256, 4, 4.0625)])
+@pytest.mark.parametrize(
+    ("d", "bits", "stored"), [(128, 2, 2.125), (64, 3.5, 3.75), (256, 4, 4.0625), (128, 8, 8.125)]
+)
 def test_bits_per_element(d, bits, stored):
     codec = PolarQuant(d, bits)
     assert codec.bits_per_element() == stored

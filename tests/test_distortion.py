@@ -17,7 +17,7 @@ from vllm_polarquant.eval import codecs, distortion
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.probe.model import ModelConfig, ProbeLlama
-from vllm_polarquant.format import BITS
+from vllm_polarquant.format import BITS, SCALAR_BITS
 
 # E|x - x_hat|^2 / E|x|^2 on Gaussian vectors of 128, by codec: a study of the same codecs in numpy.
 STUDIED = {
@@ -79,7 +79,7 @@ def test_nothing_beats_shannon(found: dict[str, dict[str, Any]]) -> None:
         assert row["gaussian"]["squared"] > row["limit"]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [*BITS, SCALAR_BITS])
 def test_our_rows_are_what_the_public_class_does(found: dict[str, dict[str, Any]], bits: float) -> None:
     codec = PolarQuant(128, bits)
     x = gaussian(1024, 128)

@@ -12,7 +12,8 @@ code could name. With c[-1] = 0
     point[j] = codebook(w)[c[j] << b | c[j-1] >> (w - b)]
 
 which is a window of w + b bits of the stream of codes, so a decoder reads each point on its own. The best
-codes of a vector are found by Viterbi's algorithm (1967) over 2**b states.
+codes of a vector are found by Viterbi's algorithm (1967) over 2**b states. At 8 bits a coordinate,
+in no preset, a trellis of scalars takes the place of all this (scalar.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_polarquant import scalar
 from vllm_polarquant.format import (
     BITS,
     CELL_CANDIDATES,
@@ -39,6 +41,7 @@ from vllm_polarquant.format import (
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
+    SCALAR_BITS,
     SEED,
     STATE_BITS,
     PolarFormat,
@@ -157,12 +160,16 @@ def _viterbi(pairs: torch.Tensor, points: torch.Tensor, states: int) -> torch.Te
 def _encode_polar(
     y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    points = codebook(vector.pair_bits).to(y.device)
     d = y.shape[-1]
     norm = y.norm(dim=-1).clamp_min(1e-30)
     pairs = torch.stack((y * (math.sqrt(d) / norm)[..., None]).chunk(2, -1), -1)
-    codes = viterbi(pairs.reshape(-1, d // 2, 2), points, vector.state_bits).view(pairs.shape[:-1])
-    decoded = points[windows(codes, vector.pair_bits)]
+    if vector.kind == "scalar":
+        packed = scalar.search(pairs.transpose(-1, -2).flatten(-2))
+        decoded = torch.stack(scalar.values(packed).chunk(2, -1), -1)
+    else:
+        points = codebook(vector.pair_bits).to(y.device)
+        codes = viterbi(pairs.reshape(-1, d // 2, 2), points, vector.state_bits).view(pairs.shape[:-1])
+        decoded, packed = points[windows(codes, vector.pair_bits)], pack(codes, vector.pair_bits)
     length = decoded.square().sum((-1, -2)).sqrt()
     cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(d))
     gain = torch.ones_like(norm)
@@ -170,7 +177,7 @@ def _encode_polar(
         gain = cos.clamp_min(MIN_FIT_GAIN)
     elif vector.gain == "unbiased":
         gain = 1 / cos
-    return encode_radius(amax * (norm * gain / length)), pack(codes, vector.pair_bits)
+    return encode_radius(amax * (norm * gain / length)), packed
 
 
 def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +206,7 @@ def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[tor
     unit, amax = by_largest(x)
     usable = amax > 0
     y = unit @ rotation(x.shape[-1], seed).to(unit).T
-    if vector.kind == "polar":
+    if vector.kind != "fp8":
         radius, codes = _encode_polar(y, amax, vector)
     else:
         radius = encode_radius(amax * (y.abs().amax(-1) / FP8_MAX))
@@ -218,6 +225,8 @@ def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -
         return codes.view(dtype).float()
     if vector.kind == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
+    if vector.kind == "scalar":
+        return scalar.values(codes)
     window = windows(unpack(codes, vector.pair_bits), vector.pair_bits)
     points = codebook(vector.pair_bits).to(codes.device)[window]
     return points.transpose(-1, -2).flatten(-2)
@@ -243,7 +252,7 @@ class PolarQuant:
 
     Args:
         d: vector size, one of 64, 80, 96, 112, 128, 192, 256.
-        bits: code bits a coordinate: 2, 2.5, 3, 3.5 or 4.
+        bits: code bits a coordinate: 2, 2.5, 3, 3.5 or 4, as in the presets, or 8 (scalar.py).
         seed: of the rotation.
 
     Raises:
@@ -253,10 +262,11 @@ class PolarQuant:
     def __init__(self, d: int, bits: float, seed: int = SEED) -> None:
         if d not in HEAD_DIMS:
             raise UnsupportedFormat(f"d = {d} is not one of {', '.join(map(str, HEAD_DIMS))}")
-        if bits not in BITS:
-            raise UnsupportedFormat(f"bits = {bits} is not one of {', '.join(f'{b:g}' for b in BITS)}")
+        known = (*BITS, SCALAR_BITS)
+        if bits not in known:
+            raise UnsupportedFormat(f"bits = {bits} is not one of {', '.join(f'{b:g}' for b in known)}")
         self.d, self.bits, self.seed = d, float(bits), seed
-        self.vector = VectorFormat("polar", self.bits, "fit")
+        self.vector = VectorFormat("scalar" if bits == SCALAR_BITS else "polar", self.bits, "fit")
         self.code_bytes = self.vector.code_bytes(d)
 
     def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ SEED = 42
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
+SCALAR_BITS = 8.0
 RADIUS_BYTES = 2
 BLOCK_SIZE_MULTIPLE = 16
 
@@ -48,7 +49,7 @@ CELL_GRID, CELLS_PER_UNIT, FAR_CELL = 64, 8, 8
 """The encoders' kernels look up which points to try (codec.search_cells): CELL_GRID**2 square cells around
 the origin, CELLS_PER_UNIT to a unit of length, and as many FAR_CELL times as wide for what lies outside."""
 
-Kind = Literal["polar", "fp8", "raw"]
+Kind = Literal["polar", "scalar", "fp8", "raw"]
 Gain = Literal["norm", "unbiased", "fit"]
 
 
@@ -60,8 +61,9 @@ class UnsupportedFormat(ValueError):
 class VectorFormat:
     """How one vector (a key or a value of one head) is stored.
 
-    kind: ``polar`` (a trellis code for each pair of coordinates j, j + d/2), ``fp8`` (e4m3 with the
-        radius as scale) or ``raw`` (the model's own 16-bit floats; only tests use it).
+    kind: ``polar`` (a trellis code for each pair of coordinates j, j + d/2), ``scalar`` (one for each
+        coordinate, at SCALAR_BITS; in no preset, as it has no kernels), ``fp8`` (e4m3 with the radius as
+        scale) or ``raw`` (the model's own 16-bit floats; only tests use it).
     bits: stored bits a coordinate, the radius not counted.
     gain: what the radius makes of |x|, c being the cosine between x and its decoded direction.
         ``norm`` keeps |x|; ``unbiased`` is |x| / c, exact along x; ``fit`` is the least-squares |x| c,
