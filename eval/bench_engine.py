@@ -138,10 +138,11 @@ def fitting(llm: Any, tokens: int) -> int:
     return int((config.num_gpu_blocks - 1) // -(-tokens // config.block_size))
 
 
-def full_memory_s(found: dict[str, Any], requests: int, context: int, steps: int) -> float:
+def full_memory_s(found: dict[str, Any], requests: int, cached: int, context: int, steps: int) -> float:
     """Seconds that so many requests' prefill and decode steps will take, judged by what was found before.
 
     found: findings of `measure`. Without a prefill rate and a step's time among them, 0.
+    cached: requests whose prompts are in the prefix cache.
     """
     rates = [report.value(x) for name, x in found.items() if name.startswith("prefill_tokens_per_s ")]
     # A long batch's step is in proportion to its tokens.
@@ -152,7 +153,7 @@ def full_memory_s(found: dict[str, Any], requests: int, context: int, steps: int
     ]
     if not rates or not rates[-1] or not per_token:
         return 0.0
-    return requests * context * (1 / rates[-1] + steps * min(per_token) / 1000)
+    return context * ((requests - cached) / rates[-1] + requests * steps * min(per_token) / 1000)
 
 
 def measure(dtype: str, plan: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -217,7 +218,8 @@ def measure(dtype: str, plan: dict[str, Any], found: dict[str, Any]) -> Iterator
 
     for context in plan["full_memory"]:
         requests = min(fitting(llm, context + tokens), plan["max_num_seqs"])
-        takes = full_memory_s(found, requests, context, (1 + repeats) * tokens)
+        cached = max((batch for batch, length in plan["cells"] if length == context), default=0)
+        takes = full_memory_s(found, requests, min(cached, requests), context, (1 + repeats) * tokens)
         if takes > (left := plan["limit_s"] - (time.perf_counter() - booted)):
             error = f"{requests} requests would take {takes:.0f} s, {left:.0f} s are left of the limit"
             yield f"full_memory {context}", {"error": error}
