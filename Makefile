@@ -10,9 +10,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# What `make eval` runs, of how many documents of each lm-eval task (all, if empty), and the folder of its results.
+# What `make eval` runs, of how many documents of each lm-eval task (all, if empty), on which GPUs (GPUS=0,0,0: three
+# dtypes at a time on one), and the folder of its results.
 SUITE ?= local
 LIMIT ?=
+GPUS ?=
 RESULTS ?= eval-results
 
 .PHONY: help setup demo test lint bench eval
@@ -42,11 +44,12 @@ bench: $(READY)
 # Exits with 1 if a dtype failed, after the report that says so. Only a GPU has vLLM's other 4-bit caches, so
 # that alone writes the committed page. There in bfloat16: FlashAttention 3 reads no fp8 cache in float16.
 eval: $(READY)
-	@if nvidia-smi -L >/dev/null 2>&1; then page=docs/accuracy engine='{"dtype": "bfloat16"}'; \
-	else page=$(RESULTS)/accuracy engine='{}'; fi; \
+	@if nvidia-smi -L >/dev/null 2>&1; then page=docs/accuracy; \
+		engine='{"dtype": "bfloat16", "gpu_memory_utilization": 0.2}'; \
+	else page=$(RESULTS)/accuracy; engine='{}'; fi; \
 	status=0; \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/polarquant-eval probe \
-		--kv-cache-dtypes all --suite $(SUITE) $(if $(LIMIT),--limit $(LIMIT)) --engine "$$engine" --out $(RESULTS) || status=$$?; \
+		--kv-cache-dtypes all --suite $(SUITE) $(if $(LIMIT),--limit $(LIMIT)) $(if $(GPUS),--gpus $(GPUS)) --engine "$$engine" --out $(RESULTS) || status=$$?; \
 	test $$status -le 1 || exit $$status; \
 	$(BIN)/polarquant-eval report $(RESULTS) --out $$page; \
 	exit $$status

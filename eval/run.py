@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -60,8 +63,13 @@ class Plan:
         return results.read(self.folder, results.stem(self.key(dtype, cell)))
 
 
-def run_dtype(plan: Plan, dtype: str, cells: list[Cell], progress: Progress, task: Any) -> dict[str, str]:
-    """Run cells in a worker process; why each that failed did, by cell."""
+def run_dtype(
+    plan: Plan, dtype: str, cells: list[Cell], progress: Progress, task: Any, gpus: str = ""
+) -> dict[str, str]:
+    """Run cells in a worker process; why each that failed did, by cell.
+
+    gpus: the worker's CUDA_VISIBLE_DEVICES, if not this process's own.
+    """
     job = {
         "model": plan.model,
         "dtype": dtype,
@@ -84,6 +92,7 @@ def run_dtype(plan: Plan, dtype: str, cells: list[Cell], progress: Progress, tas
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
         ) as worker,
     ):
         assert worker.stdin and worker.stdout
@@ -158,6 +167,20 @@ def _engine_options(text: str) -> dict[str, Any]:
     return options
 
 
+def _gpus(text: str) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each dtype that runs at a time; of one that inherits it, if none are named."""
+    groups = [group.strip().replace("+", ",") for group in text.split(",") if group.strip()]
+    numbers = [int(name) for group in groups for name in group.split(",") if name.isdecimal()]
+    if numbers:
+        import torch
+
+        if max(numbers) >= torch.cuda.device_count():
+            _fail(
+                f"--gpus {text}: this machine has {torch.cuda.device_count()} NVIDIA GPUs, the first named 0"
+            )
+    return groups or [""]
+
+
 def _model(model: str) -> str:
     if model == PROBE:
         return str(MODEL_DIR)
@@ -188,6 +211,13 @@ def main(
     ),
     seed: Annotated[int, typer.Option(help="Of the engine.")] = 0,
     engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
+    gpus: Annotated[
+        str,
+        typer.Option(
+            help="GPUs to spread dtypes over, such as 0,1,2,3: one each at a time, or 0+1,2+3: two each. "
+            "One named twice runs two dtypes, if --engine leaves memory for both."
+        ),
+    ] = "",
     only: Annotated[str, typer.Option(help="Cells of the suite to run, comma-separated; else all.")] = "",
     limit: Annotated[
         int | None, typer.Option(help="Documents of each lm-eval task, in place of the suite's number.")
@@ -220,6 +250,7 @@ def main(
             cell.measure.identity(cell.params)
     except ValueError as problem:
         _fail(problem)
+    places = _gpus(gpus)
     plan = Plan(_model(model), names, suite, cells, options, seed, out, changes)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -234,20 +265,31 @@ def main(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*bars, console=Console(stderr=True)) as progress:
-        for dtype in names:
-            todo = plan.missing(dtype)
-            done = len(cells) - len(todo)
-            task = progress.add_task(dtype, total=len(cells), completed=done)
-            without = {cell.name for cell in plan.missing(BASELINE)} if dtype != BASELINE else set()
-            for cell in [cell for cell in todo if cell.name in without]:
-                failures[dtype, cell.name] = f"there is no result of {BASELINE} to compare with"
-                progress.advance(task)
-            todo = [cell for cell in todo if cell.name not in without]
-            if todo:
-                found = run_dtype(plan, dtype, todo, progress, task)
-                failures |= {(dtype, name): why for name, why in found.items()}
-            progress.update(task, description=f"{dtype}: {'done' if not plan.missing(dtype) else 'failed'}")
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for group in places:
+        free.put(group)
+
+    def measure(dtype: str) -> dict[tuple[str, str], str]:
+        todo = plan.missing(dtype)
+        task = progress.add_task(dtype, total=len(cells), completed=len(cells) - len(todo))
+        without = {cell.name for cell in plan.missing(BASELINE)} if dtype != BASELINE else set()
+        why_not = f"there is no result of {BASELINE} to compare with"
+        failed = {cell.name: why_not for cell in todo if cell.name in without}
+        progress.advance(task, len(failed))
+        if todo := [cell for cell in todo if cell.name not in without]:
+            group = free.get()
+            try:
+                failed |= run_dtype(plan, dtype, todo, progress, task, group)
+            finally:
+                free.put(group)
+        progress.update(task, description=f"{dtype}: {'done' if not plan.missing(dtype) else 'failed'}")
+        return {(dtype, name): why for name, why in failed.items()}
+
+    with Progress(*bars, console=Console(stderr=True)) as progress, ThreadPoolExecutor(len(places)) as pool:
+        # The others are compared with the baseline while they run.
+        failures |= measure(BASELINE)
+        for failed in pool.map(measure, names[1:]):
+            failures |= failed
     for shown in tables(plan):
         console.print(shown)
     accuracy.note_run(out, left_out, failures)

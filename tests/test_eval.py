@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -287,9 +288,35 @@ def test_only_the_cells_that_were_asked_for_run(tmp_path: Path, monkeypatch: pyt
     assert asked == [["text", "greedy"]]
 
 
+def test_dtypes_are_spread_over_gpus_after_the_baseline(
+    plan: run.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, str]] = []
+    both = threading.Barrier(2)
+
+    def record(plan: run.Plan, dtype: str, cells: Any, progress: Any, task: Any, gpus: str) -> dict[str, str]:
+        if dtype != "auto":
+            # Ends only if two run at a time.
+            both.wait(timeout=60)
+        started.append((dtype, gpus))
+        for cell in cells:
+            store(plan, dtype, cell.name, {})
+        return {}
+
+    monkeypatch.setattr(run, "run_dtype", record)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    names = ["polarquant_k4v4", "polarquant_k3v3", "polarquant_k2v2", "fp8"]
+    command = ["probe", "--suite", "text", "--kv-cache-dtypes", ",".join(names), "--gpus", "0+1,2+3"]
+    CliRunner().invoke(app, [*command, "--out", str(plan.folder)])
+    assert started[0][0] == "auto"
+    assert sorted(dtype for dtype, _ in started[1:]) == sorted(names)
+    assert {gpus for _, gpus in started[1:3]} == {gpus for _, gpus in started[3:]} == {"0,1", "2,3"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["probe", "--gpus", "0,64"], "NVIDIA GPUs, the first named 0"),
         (
             ["probe", "--suite", "gsm9k"],
             "no suite 'gsm9k'; shipped are local, long, quick, reasoning, standard",
