@@ -27,6 +27,7 @@ CASES = [
     (120, "polarquant_k4v3", 128, 1),
     (120, "polarquant_k2v2", 128, 1),
     (80, "polarquant_k2.5v2.5", 80, 0),
+    (89, "polarquant_k2v2", 192, -1),
     (90, "polarquant_k4v3", 128, 0),
     (90, "polarquant_k4v4", 64, -1),
     (90, "polarquant_k2v2", 96, -1),
