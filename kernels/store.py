@@ -223,6 +223,22 @@ def _cost(point, x, y, PACKED: tl.constexpr, DTYPE: tl.constexpr):
         return (half_norm - px * x) - py * y
 
 
+@triton.constexpr_function
+def _places(code, vectors, half, at_once):
+    """Where the search's parts lie in its scratch memory, in words; points are first.
+
+    Coordinates, the best path, all paths, and their costs if windows are searched AT_ONCE; then the end.
+    """
+    states = 1 << STATE_BITS[code]
+    windows = half // _WINDOW.value
+    paths = windows * vectors * states * (states if at_once else 1)
+    coordinates = states << code
+    best = coordinates + triton.next_power_of_2(half) * vectors
+    first_path = best + windows * vectors
+    costs = first_path + paths
+    return coordinates, best, first_path, costs, costs + (paths if at_once else 0)
+
+
 @triton.jit
 def _search_windows(
     scratch,
@@ -249,9 +265,10 @@ def _search_windows(
     BRANCHES: tl.constexpr = STATES * TRIED
     WINDOWS: tl.constexpr = HALF // _WINDOW
     ROWS: tl.constexpr = VECTORS * (HALF_PAD // _WINDOW if AT_ONCE else 1)
-    COORDINATES: tl.constexpr = 1 << (CODE + BITS)
-    PATHS: tl.constexpr = COORDINATES + (HALF_PAD + WINDOWS) * VECTORS
-    COSTS: tl.constexpr = PATHS + WINDOWS * VECTORS * STARTS * STATES
+    PLACES: tl.constexpr = _places(CODE, VECTORS, HALF, AT_ONCE)
+    COORDINATES: tl.constexpr = PLACES[0]
+    PATHS: tl.constexpr = PLACES[2]
+    COSTS: tl.constexpr = PLACES[3]
     new = tl.arange(0, STATES)[None, :] + tl.zeros([ROWS, 1], tl.int32)
     row_of = tl.arange(0, ROWS)[:, None] + tl.zeros([1, STATES], tl.int32)
     vector = row_of % VECTORS
@@ -347,9 +364,10 @@ def _search(
     STATES: tl.constexpr = 1 << BITS
     STARTS: tl.constexpr = STATES if AT_ONCE else 1
     WINDOWS: tl.constexpr = HALF // _WINDOW
-    BEST: tl.constexpr = (1 << (CODE + BITS)) + HALF_PAD * VECTORS
-    PATHS: tl.constexpr = BEST + WINDOWS * VECTORS
-    COSTS: tl.constexpr = PATHS + WINDOWS * VECTORS * STARTS * STATES
+    PLACES: tl.constexpr = _places(CODE, VECTORS, HALF, AT_ONCE)
+    BEST: tl.constexpr = PLACES[1]
+    PATHS: tl.constexpr = PLACES[2]
+    COSTS: tl.constexpr = PLACES[3]
     cost = _search_windows(scratch, cells, VECTORS, HALF, HALF_PAD, CODE, DTYPE, AT_ONCE)
     tl.debug_barrier()
     new = tl.arange(0, STATES)[None, :] + tl.zeros([VECTORS, 1], tl.int32)
@@ -535,21 +553,22 @@ def _encode(
             WINDOWS: tl.constexpr = HALF // _WINDOW
             packed = y1.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             packed |= y2.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+            AT_ONCE: tl.constexpr = PARALLEL_STATES >= 1 << BITS
+            PLACES: tl.constexpr = _places(CODE, BLOCK_VECTORS, HALF, AT_ONCE)
             POINTS: tl.constexpr = 1 << (CODE + BITS)
-            BEST: tl.constexpr = POINTS + HALF_PAD * BLOCK_VECTORS
             row = tl.arange(0, BLOCK_VECTORS)[:, None]
-            place = POINTS + pair[None, :] * BLOCK_VECTORS + row
+            place = PLACES[0] + pair[None, :] * BLOCK_VECTORS + row
             _put(scratch, tl.arange(0, POINTS), tl.load(lut + tl.arange(0, POINTS)))
             _put(scratch, place, packed)
             tl.debug_barrier()
-            _search(scratch, cells, BLOCK_VECTORS, HALF, HALF_PAD, CODE, DTYPE, PARALLEL_STATES >= 1 << BITS)
+            _search(scratch, cells, BLOCK_VECTORS, HALF, HALF_PAD, CODE, DTYPE, AT_ONCE)
             tl.debug_barrier()
 
             # Coordinates are read back, as those in registers would leave few for the search.
             x1, x2 = unpack_halves(_get(scratch, place), tl.float16)
             inside = (pair < HALF)[None, :]
             window = tl.minimum(pair // _WINDOW, WINDOWS - 1)[None, :]
-            states = _get(scratch, BEST + window * BLOCK_VECTORS + row)
+            states = _get(scratch, PLACES[1] + window * BLOCK_VECTORS + row)
             states = states >> ((pair % _WINDOW ^ (_WINDOW - 1)) * BITS)[None, :]
             new, old = states & ((1 << BITS) - 1), (states >> BITS) & ((1 << BITS) - 1)
             tried = _row(cells, x1, x2, new, CODE)
@@ -638,15 +657,11 @@ def scratch_words(fmt: PolarFormat, vectors: int, parallel_states: int) -> int:
 
     parallel_states: windows of trellises of at most so many states are searched side by side.
     """
-    half = fmt.head_dim // 2
-    windows = half // _WINDOW.value
     words = [0]
     for vector in (fmt.key, fmt.value):
         if vector.kind == "polar":
-            states = 1 << vector.state_bits
-            points = 1 << (vector.pair_bits + vector.state_bits)
-            paths = windows * states * (2 * states if states <= parallel_states else 1)
-            words.append(points + vectors * (triton.next_power_of_2(half) + windows + paths))
+            at_once = 1 << vector.state_bits <= parallel_states
+            words.append(_places(vector.pair_bits, vectors, fmt.head_dim // 2, at_once)[-1])
     return max(words)
 
 
