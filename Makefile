@@ -10,8 +10,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# What `make eval` runs, of how many documents of each lm-eval task (all, if empty), on which GPUs (GPUS=0,0,0: three
-# dtypes at a time on one), and the folder of its results.
+# What `make eval` runs, of how many documents of each lm-eval task (all, if empty), on which GPUs (GPUS=0,0,0:
+# three dtypes at a time on one), and the folder of its results.
 SUITE ?= local
 LIMIT ?=
 GPUS ?=
@@ -49,7 +49,8 @@ eval: $(READY)
 	else page=$(RESULTS)/accuracy; engine='{}'; fi; \
 	status=0; \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/polarquant-eval probe \
-		--kv-cache-dtypes all --suite $(SUITE) $(if $(LIMIT),--limit $(LIMIT)) $(if $(GPUS),--gpus $(GPUS)) --engine "$$engine" --out $(RESULTS) || status=$$?; \
+		--kv-cache-dtypes all --suite $(SUITE) --engine "$$engine" --out $(RESULTS) \
+		$(if $(LIMIT),--limit $(LIMIT)) $(if $(GPUS),--gpus $(GPUS)) || status=$$?; \
 	test $$status -le 1 || exit $$status; \
 	$(BIN)/polarquant-eval report $(RESULTS) --out $$page; \
 	exit $$status

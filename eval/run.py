@@ -174,10 +174,8 @@ def _gpus(text: str) -> list[str]:
     if numbers:
         import torch
 
-        if max(numbers) >= torch.cuda.device_count():
-            _fail(
-                f"--gpus {text}: this machine has {torch.cuda.device_count()} NVIDIA GPUs, the first named 0"
-            )
+        if max(numbers) >= (count := torch.cuda.device_count()):
+            _fail(f"--gpus {text}: this machine has {count} NVIDIA GPUs, the first named 0")
     return groups or [""]
 
 
