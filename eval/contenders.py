@@ -17,9 +17,10 @@ from vllm_polarquant import reference
 from vllm_polarquant.codec import tables
 from vllm_polarquant.eval.grid import Case
 from vllm_polarquant.format import PolarFormat
-from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention
+from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention, make_schedule
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import rotate
+from vllm_polarquant.kernels.schedule import plan
 from vllm_polarquant.kernels.store import store_kv
 from vllm_polarquant.prefix import workspace_tokens
 
@@ -92,6 +93,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
     blocks, size = case.blocks, case.block_size
     order = torch.randperm(blocks, generator=generator, device=device)
+    table = torch.zeros(case.batch, max(case.request_blocks), dtype=torch.int64, device=device)
+    for row, mine in zip(table, order.split(case.request_blocks), strict=True):
+        row[: len(mine)] = mine
     pattern = [
         normal(min(blocks, _PATTERN_BLOCKS) * size, case.kv_heads, case.head_dim) for _ in ("key", "value")
     ]
@@ -104,8 +108,9 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         new = [normal(count, case.kv_heads, case.head_dim) for _ in ("key", "value")]
     else:
         count = case.batch * case.tokens
-        position = torch.arange(case.seq_len - case.tokens, case.seq_len, device=device)
-        block = order.view(case.batch, -1)[:, position // size]
+        ends = torch.tensor(case.seq_lens, device=device)[:, None]
+        position = ends - case.tokens + torch.arange(case.tokens, device=device)
+        block = table.gather(1, position // size)
         slots = (block * size + position % size).flatten()
         new = [x[_pattern_rows(block, position, x, size)].flatten(0, 1) for x in pattern]
     return Inputs(
@@ -113,8 +118,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         normal(count, case.heads, case.head_dim),
         new[0],
         new[1],
-        order.view(case.batch, -1).to(torch.int32),
-        torch.full((case.batch,), case.seq_len, dtype=torch.int32, device=device),
+        table.to(torch.int32),
+        torch.tensor(case.seq_lens, dtype=torch.int32, device=device),
         torch.arange(0, count + 1, case.tokens, dtype=torch.int32, device=device),
         slots,
         pattern[0],
@@ -155,7 +160,7 @@ def checked_rows(case: Case) -> slice:
 def exact_attention(inputs: Inputs) -> torch.Tensor:
     """Attention of `checked_rows` on the keys and values as they were before storing, float64."""
     case, rows = inputs.case, checked_rows(inputs.case)
-    position = torch.arange(case.seq_len, device=inputs.device)
+    position = torch.arange(case.seq_lens[0], device=inputs.device)
     block = inputs.block_table[0, position // case.block_size].long()
     own = _pattern_rows(block, position, inputs.pattern_key, case.block_size)
     key, value = inputs.pattern_key[own].double(), inputs.pattern_value[own].double()
@@ -184,7 +189,7 @@ class Polar:
         case = inputs.case
         fmt = PolarFormat(self.name, case.head_dim, case.block_size)
         kind = PolarPrefix if case.op == "prefix" else PolarLayer
-        scratch = kind.allocate(inputs)
+        scratch = kind.allocate(inputs, fmt)
         return [kind(inputs, fmt, cache.transpose(1, 2), scratch) for cache in caches]
 
 
@@ -197,10 +202,13 @@ class PolarLayer:
         self.out = torch.empty_like(inputs.query)
 
     @staticmethod
-    def allocate(inputs: Inputs) -> object:
-        """What all layers share."""
+    def allocate(inputs: Inputs, fmt: PolarFormat) -> object:
+        """What all layers share; the schedule is planned once a step, so outside of the timed calls."""
         case = inputs.case
-        return DecodeWorkspace.allocate(
+        schedule = make_schedule(fmt, case.heads, case.kv_heads, case.batch, inputs.device, 1)
+        if case.op == "decode":
+            plan(inputs.seq_lens, inputs.query_start_loc, schedule)
+        return schedule, DecodeWorkspace.allocate(
             max_tokens=case.batch,
             num_heads=case.heads,
             num_kv_heads=case.kv_heads,
@@ -215,8 +223,9 @@ class PolarLayer:
         store_kv(key, value, self.cache, slots, self.fmt, self.tables)
 
     def attend(self) -> torch.Tensor:
-        inputs, workspace = self.inputs, self.scratch
-        assert isinstance(workspace, DecodeWorkspace)
+        inputs = self.inputs
+        assert isinstance(self.scratch, tuple)
+        schedule, workspace = self.scratch
         decode_attention(
             inputs.query,
             self.cache,
@@ -229,6 +238,7 @@ class PolarLayer:
             inputs.case.scale,
             self.out,
             workspace,
+            schedule,
         )
         return self.out
 
@@ -250,7 +260,7 @@ class PolarPrefix(PolarLayer):
     """A chunk of one request on its quantised prefix, in the steps of gpu.py's prefill and one copy more."""
 
     @staticmethod
-    def allocate(inputs: Inputs) -> object:
+    def allocate(inputs: Inputs, fmt: PolarFormat) -> object:
         case = inputs.case
         tokens = workspace_tokens(case.kv_heads, case.head_dim, DTYPE)
         return torch.empty(2, tokens, case.kv_heads, case.head_dim, dtype=DTYPE, device=inputs.device)

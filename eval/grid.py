@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,6 +12,8 @@ from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
 Operation = Literal["decode", "store", "prefix"]
 
+Lengths = Literal["equal", "mixed", "one long"]
+
 PEERS = ("auto", "fp8", "turboquant_4bit_nc", "int4_per_token_head")
 """The --kv-cache-dtype names of vLLM's own caches that ours are measured beside; `auto` is bfloat16."""
 
@@ -18,6 +21,10 @@ FLUSH_BYTES = 4 << 26
 """What the layers of one measurement read together: four times 64 MiB, more than a GPU's L2 cache."""
 
 MAX_LAYERS = 64
+
+SHORT = 1024
+"""Tokens of the short requests beside one long one."""
+
 STORE_POOL = 1 << 16
 
 
@@ -25,9 +32,10 @@ STORE_POOL = 1 << 16
 class Case:
     """One operation on one shape.
 
-    decode: a token each of `batch` requests that have `context` tokens, their own included. prefix: a
-    chunk of `tokens` tokens of each request, after `context` cached ones. store: `tokens` tokens go to
-    slots of a cache of `context` tokens.
+    decode: a token each of `batch` requests that have `context` tokens, their own included; of "mixed"
+    lengths, spread evenly from near 0 to near twice that, in random order; or of which all but one have only
+    SHORT. prefix: a chunk of `tokens` tokens of each request, after `context` cached ones. store: `tokens`
+    tokens go to slots of a cache of `context` tokens.
     """
 
     op: Operation
@@ -38,6 +46,7 @@ class Case:
     head_dim: int = 128
     kv_heads: int = 8
     block_size: int = 16
+    lengths: Lengths = "equal"
 
     @property
     def heads(self) -> int:
@@ -49,14 +58,25 @@ class Case:
         return self.head_dim**-0.5
 
     @property
-    def seq_len(self) -> int:
-        """Tokens of a request after the operation."""
-        return self.context + (self.tokens if self.op == "prefix" else 0)
+    def seq_lens(self) -> list[int]:
+        """Tokens of each request after the operation."""
+        if self.lengths == "one long":
+            return [SHORT] * (self.batch // 2) + [self.context] + [SHORT] * ((self.batch - 1) // 2)
+        if self.lengths == "mixed":
+            lens = [2 * self.context * (i + 1) // (self.batch + 1) for i in range(self.batch)]
+            random.Random(0).shuffle(lens)
+            return lens
+        return [self.context + (self.tokens if self.op == "prefix" else 0)] * self.batch
 
     @property
     def blocks(self) -> int:
         """Blocks of one layer's cache."""
-        return self.batch * -(-self.seq_len // self.block_size)
+        return sum(self.request_blocks)
+
+    @property
+    def request_blocks(self) -> list[int]:
+        """Blocks of each request."""
+        return [-(-length // self.block_size) for length in self.seq_lens]
 
     def layer_bytes(self, slot_bytes: int) -> int:
         """Bytes of one layer's cache, at so many bytes a token a KV head."""
@@ -71,17 +91,23 @@ class Case:
         vector = self.kv_heads * self.head_dim * 2
         if self.op == "store":
             return self.tokens * (2 * vector + self.kv_heads * slot_bytes)
-        pages = self.batch * self.context * self.kv_heads * slot_bytes
-        return pages + (2 * self.batch * self.tokens * vector if self.op == "prefix" else 0)
+        cached = self.batch * self.context if self.op == "prefix" else sum(self.seq_lens)
+        return cached * self.kv_heads * slot_bytes + (
+            2 * self.batch * self.tokens * vector if self.op == "prefix" else 0
+        )
 
     @property
     def label(self) -> str:
         """Short name of the shape."""
         shape = {
-            "decode": f"{self.batch} x {short(self.context)}",
+            "decode": f"{self.batch} x {short(self.context)}"
+            if self.lengths != "one long"
+            else f"{self.batch - 1} x {short(SHORT)} and 1 x {short(self.context)}",
             "store": f"{short(self.tokens)} tokens",
             "prefix": f"{short(self.tokens)} on {short(self.context)}",
         }[self.op]
+        if self.lengths == "mixed":
+            shape += " on average"
         return f"{shape}, GQA {self.group}, d {self.head_dim}" if self.op != "store" else (
             f"{shape}, d {self.head_dim}"
         )  # fmt: skip
@@ -110,6 +136,8 @@ def default_cases() -> list[Case]:
     decodes += [replace(CENTRE, batch=b, context=c) for b, c in ((1, 131072), (8, 1024), (128, 1024))]
     decodes += [replace(CENTRE, group=group) for group in (1, 8)]
     decodes += [replace(CENTRE, head_dim=head_dim) for head_dim in (64, 256)]
+    decodes += [replace(CENTRE, batch=batch, lengths="mixed") for batch in (8, 32)]
+    decodes += [replace(CENTRE, batch=20), replace(CENTRE, context=131072, lengths="one long")]
     return [*decodes, *_STORES, *_PREFIXES]
 
 

@@ -1,8 +1,8 @@
 """vLLM's own KV caches as contenders, through the attention classes and metadata of its engine.
 
 Written for vLLM 0.32 and 0.33. Layout LBNHC, the engine's default. What the engine prepares once a step
-for all layers (FlashAttention's schedule) is prepared outside of the timed calls, and fp8's queries come
-quantised, as torch.compile fuses that into the operation before.
+for all layers (FlashAttention's schedule, as ours) is prepared outside of the timed calls, and fp8's queries
+come quantised, as torch.compile fuses that into the operation before.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _common_metadata(inputs: Inputs) -> dict[str, Any]:
         "num_actual_tokens": len(inputs.query),
         "max_query_len": inputs.case.tokens,
         "query_start_loc": inputs.query_start_loc,
-        "max_seq_len": inputs.case.seq_len,
+        "max_seq_len": max(inputs.case.seq_lens),
         "seq_lens": inputs.seq_lens,
         "block_table": inputs.block_table,
         "slot_mapping": inputs.slots,
@@ -91,7 +91,7 @@ class FlashAttention:
             schedule = get_scheduler_metadata(
                 batch_size=case.batch,
                 max_seqlen_q=case.tokens,
-                max_seqlen_k=case.seq_len,
+                max_seqlen_k=max(case.seq_lens),
                 num_heads_q=case.heads,
                 num_heads_kv=case.kv_heads,
                 headdim=case.head_dim,
@@ -141,7 +141,8 @@ class TurboQuant:
             init_workspace_manager(inputs.device)
         # All that the class reads of an engine's configuration.
         config = SimpleNamespace(
-            attention_config=AttentionConfig(), model_config=SimpleNamespace(max_model_len=case.seq_len + 1)
+            attention_config=AttentionConfig(),
+            model_config=SimpleNamespace(max_model_len=max(case.seq_lens) + 1),
         )
         with mock.patch.object(turboquant_attn, "get_current_vllm_config", lambda: config):
             impl = turboquant_attn.TurboQuantAttentionImpl(**_impl_arguments(inputs, self.name))

@@ -1,8 +1,9 @@
-"""Decode attention on the codes in place: one launch, a split of a request's KV range a program.
+"""Decode attention on the codes in place: one launch, an equal share of the batch's KV ranges a program.
 
 Written lane by lane (lanes.py). Scores are products of rotated queries with unit-radius points, so a key
 costs a table lookup a pair and one multiplication by its radius; the values' radii go into the weights.
-The last split of a request to end merges them all. Where the rotation is a Hadamard matrix, queries are
+A program works through its items, parts of requests, of which schedule.py says which they are. The last
+part of a request to end merges them all. Where the rotation is a Hadamard matrix, queries are
 rotated as they are read and outputs turned back as they are written; elsewhere rotate.py does both.
 """
 
@@ -45,13 +46,12 @@ from vllm_polarquant.kernels.page import (
     check_int,
     page_constants,
     table_entries,
+    vector_code,
 )
 from vllm_polarquant.kernels.rotate import rotate
+from vllm_polarquant.kernels.schedule import ITEM_WORDS, MAX_PARTS, Schedule
 
 MAX_QUERY_LEN = 16
-MAX_SPLITS = 64
-PROGRAMS = 264
-"""Programs that run at once: two on each of the 132 multiprocessors of an H100 or H200."""
 
 _STATIC_TABLES = 40 << 10
 """Bytes of tables that lie in static shared memory; of more, the keys' table goes to dynamic memory."""
@@ -59,9 +59,6 @@ _STATIC_TABLES = 40 << 10
 _ALL_COPIES = 160 << 10
 """Shared memory of a multiprocessor from which on each lane has its own copy of a table; else two lanes
 share."""
-
-_SPLIT_COST = 0.04
-"""What a program costs before and after its keys, as a share of a request of 8k tokens."""
 
 _LOG2_E = 1.4426950408889634
 
@@ -75,15 +72,6 @@ class DecoderTables(Protocol):
     def key_lut(self) -> torch.Tensor: ...
     @property
     def value_lut(self) -> torch.Tensor: ...
-
-
-def num_splits(num_reqs: int, num_kv_heads: int) -> int:
-    """Parts of each request's KV range, decided by the launch's shape alone.
-
-    It must not depend on sequence lengths, which a CUDA graph's replay cannot see. Rounds of PROGRAMS
-    programs run one after the other, so the best number fills whole rounds with few parts.
-    """
-    return _fewest_rounds(max(1, num_reqs * num_kv_heads), PROGRAMS)
 
 
 @triton.constexpr_function
@@ -105,20 +93,70 @@ def table_places(key_code, value_code, copies):
 
 
 @cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of a multiprocessor; those of an H100 or H200 where the device is no GPU."""
+    if device.type != "cuda":
+        return 228 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 def table_copies(device: torch.device) -> int:
     """How often a table lies in shared memory: 32 times, once a lane, where there is room, or 16 times."""
+    return 32 if _shared_memory(device) >= _ALL_COPIES else 16
+
+
+def processors(device: torch.device | str) -> int:
+    """Multiprocessors of a device; those of an H100 or H200 where it is no GPU."""
+    device = torch.device(device)
     if device.type != "cuda":
-        return 32
-    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return 32 if room >= _ALL_COPIES else 16
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def _fewest_rounds(pairs: int, programs: int) -> int:
-    return min(
-        range(1, MAX_SPLITS + 1),
-        key=lambda splits: -(-pairs * splits // programs) * (1 / splits + _SPLIT_COST),
-    )
+@dataclass(frozen=True)
+class _Rows:
+    """How the rows of a request, its queries' heads that share a KV head, are dealt to programs.
+
+    sets: of four rows, that a program takes. blocks: programs for all rows.
+    """
+
+    sets: int
+    blocks: int
+
+    @classmethod
+    def of(cls, num_heads: int, num_kv_heads: int, max_query_len: int) -> _Rows:
+        rows = max_query_len * (num_heads // num_kv_heads)
+        sets = 1 if rows <= 4 else 2
+        return cls(sets, triton.cdiv(rows, 4 * sets))
+
+
+def _registers(rows: _Rows, head_dim: int) -> int | None:
+    """The most a thread may have: two programs share 65,536 where that costs no spills in the loop."""
+    return 128 if rows.sets == 1 and head_dim <= 128 else None
+
+
+def make_schedule(
+    fmt: PolarFormat,
+    num_heads: int,
+    num_kv_heads: int,
+    max_reqs: int,
+    device: torch.device | str,
+    max_query_len: int = MAX_QUERY_LEN,
+) -> Schedule:
+    """A schedule for decode_attention of up to max_reqs requests of up to max_query_len, still to be planned.
+
+    It has as many programs as run at once.
+    """
+    device = torch.device(device)
+    rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
+    together = 1
+    if _registers(rows, fmt.head_dim) is not None:
+        copies = table_copies(device)
+        _, _, static, dynamic = table_places(vector_code(fmt.key), vector_code(fmt.value), copies)
+        together = 2 if 2 * (static + dynamic) <= _shared_memory(device) else 1
+    programs = processors(device) * together // (num_kv_heads * rows.blocks)
+    warps = tuning.config("decode", fmt, device)["num_warps"]
+    return Schedule.allocate(max_reqs, max(1, programs), 16 * warps, device)
 
 
 @dataclass(frozen=True)
@@ -126,9 +164,10 @@ class DecodeWorkspace:
     """Buffers of decode_attention, sized once for every batch it will see.
 
     query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype.
-    partial_out: float32, flat, each split's normalised output [tokens, num_heads, splits, d].
-    partial_lse: float32, flat, its log2-sum-exp2 [tokens, num_heads, splits].
-    arrived: int32, how many splits of a program's rows are done; 0 between launches.
+    partial_out: float32 [rows, d], the normalised outputs of parts of requests: of each program, the part
+        that it goes on with and the one that it begins.
+    partial_lse: float32 [rows], their log2-sum-exp2.
+    arrived: int32, how many parts of a request's rows are done; 0 between launches.
     """
 
     query: torch.Tensor
@@ -150,19 +189,17 @@ class DecodeWorkspace:
     ) -> DecodeWorkspace:
         """Buffers for up to max_tokens queries of up to max_reqs requests of up to max_query_len.
 
-        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 10 MB for 256
-        requests and 25 MB for 1024.
+        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 7 MB for 256
+        requests and 13 MB for 1024.
         """
-        rows = num_heads * max(
-            min(reqs * max_query_len, max_tokens) * num_splits(reqs, num_kv_heads)
-            for reqs in range(1, max_reqs + 1)
-        )
-        row_blocks = -(-max_query_len * num_heads // (4 * num_kv_heads))
+        rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
+        columns = num_kv_heads * rows.blocks
+        parts = 2 * max(1, 2 * processors(device) // columns) * columns * 4 * rows.sets
         return cls(
             torch.empty(max_tokens, num_heads, head_dim, dtype=dtype, device=device),
-            torch.empty(rows * head_dim, dtype=torch.float32, device=device),
-            torch.empty(rows, dtype=torch.float32, device=device),
-            torch.zeros(max_reqs * row_blocks * num_kv_heads, dtype=torch.int32, device=device),
+            torch.empty(parts, head_dim, dtype=torch.float32, device=device),
+            torch.empty(parts, dtype=torch.float32, device=device),
+            torch.zeros(max_reqs * columns, dtype=torch.int32, device=device),
         )
 
     @property
@@ -386,38 +423,29 @@ def _row_index(first_token, row, kv_head, NUM_HEADS: tl.constexpr, GROUP: tl.con
     return token, kv_head * GROUP + row % GROUP
 
 
-# What differs from batch to batch must not compile another kernel in the middle of serving.
-@triton.jit(
-    do_not_specialize=["table_stride", "splits"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
-)
-def _split_kernel(
+@triton.jit
+def _read(
+    thread,
     query,
     query_stride_token,
     query_stride_head,
     cache,
     block_stride,
-    block_table,
-    table_stride,
-    seq_lens,
-    query_start_loc,
+    table,
+    seq_len,
+    first_token,
+    count,
+    first_row,
+    start,
+    end,
+    kv_head,
     rotation,
     key_lut,
     value_lut,
     scale_log2,
-    out,
-    out_stride_token,
-    out_stride_head,
-    partial_out,
-    partial_lse,
-    arrived,
-    splits,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
     SETS: tl.constexpr,
-    WARPS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -432,56 +460,22 @@ def _split_kernel(
     VALUE_OFFSET: tl.constexpr,
     VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    HALF: tl.constexpr = HEAD_DIM // 2
+    """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
+
+    table: the request's row of the block table. first_token, count: its queries. first_row: the first of
+    the rows that this program takes.
+    """
     DTYPE: tl.constexpr = query.dtype.element_ty
-    ROWS: tl.constexpr = 4 * SETS
-    TILES: tl.constexpr = (HALF + 15) // 16
+    WARPS: tl.constexpr = thread.shape[0] // 32
+    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     PLACES: tl.constexpr = table_places(KEY_CODE, VALUE_CODE, COPIES)
     KEY_FIRST: tl.constexpr = PLACES[0]
     VALUE_FIRST: tl.constexpr = PLACES[1]
-    STATIC_BYTES: tl.constexpr = PLACES[2]
-    DYNAMIC_BYTES: tl.constexpr = PLACES[3]
-    request = tl.program_id(0) // ROW_BLOCKS
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    thread = tl.arange(0, WARPS * 32)
     lane = thread % 32
-    warp = thread // 32
     group = lane // 4
     place = lane % 4
-    # Values x, then values y, that a lane holds of a query's output, padded for the exchange.
-    REGISTERS: tl.constexpr = HALF_PAD // 4 if HALF_PAD // 4 > WARPS else WARPS
-    EXCHANGE: tl.constexpr = exchange_bytes(REGISTERS, WARPS)
-    # After the last look-up, warps exchange results where a table was.
-    EXCHANGE_FIRST: tl.constexpr = DYNAMIC if DYNAMIC_BYTES > 0 else 0
-    open_shared(thread, EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES)
-    reserve_dynamic(thread, DYNAMIC_BYTES, splits < 0, arrived)
-
-    # A row is one query head of one of the request's queries.
-    first_token = tl.load(query_start_loc + request)
-    count = tl.load(query_start_loc + request + 1) - first_token
-    rows = count * GROUP
-    first_row = tl.program_id(0) % ROW_BLOCKS * ROWS
-    if first_row >= rows:
-        return
-    seq_len = tl.load(seq_lens + request)
-    # Warps take turns at chunks of 16 tokens, which no page cuts.
-    chunks = tl.cdiv(seq_len, 16)
-    turns = tl.cdiv(chunks, splits * WARPS)
-    used_splits = tl.cdiv(chunks, tl.maximum(turns, 1) * WARPS)
-    start = split * turns * WARPS
-    end = tl.minimum(start + turns * WARPS, chunks)
-    row = first_row + tl.arange(0, ROWS)
-    token, head = _row_index(first_token, row, kv_head, NUM_HEADS, GROUP)
-    target = out + token * out_stride_token + head * out_stride_head
-    dim = tl.arange(0, 2 * HALF_PAD)
-    kept = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
-    if start >= end:
-        if split == 0:
-            nothing = tl.zeros([ROWS, 2 * HALF_PAD], DTYPE)
-            tl.store(target[:, None] + dim[None, :], nothing, mask=kept)
-        return
-
+    # The item before has left what it exchanged where the tables go.
+    tl.debug_barrier()
     fill_table(thread, key_lut, KEY_FIRST, table_entries(KEY_CODE), COPIES)
     if VALUE_CODE != KEY_CODE:
         fill_table(thread, value_lut, VALUE_FIRST, table_entries(VALUE_CODE), COPIES)
@@ -494,7 +488,9 @@ def _split_kernel(
         own = first_row + 4 * k + group // 2
         own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
         source = query + own_token * query_stride_token + own_head * query_stride_head
-        sets = sets + (_load_queries(source, rotation, own < rows, place, lane, ROTATE, HEAD_DIM, DTYPE),)
+        sets = sets + (
+            _load_queries(source, rotation, own < count * GROUP, place, lane, ROTATE, HEAD_DIM, DTYPE),
+        )
         limits = limits + (tl.minimum(seq_len - count + own // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
     operands = ()
@@ -505,7 +501,6 @@ def _split_kernel(
         else:
             operands = operands + (low, none, high, none)
 
-    table = block_table + request.to(tl.int64) * table_stride
     head_offset = kv_head.to(tl.int64) * PAGE_BYTES
     peaks = ()
     totals = ()
@@ -516,7 +511,7 @@ def _split_kernel(
         for _ in tl.static_range(TILES):
             outs = outs + ((zero, zero, zero, zero),)
     state = (peaks, totals, outs)
-    chunk = start + warp
+    chunk = start + thread // 32
     last = end - 1
     here = tl.minimum(chunk, last) * 16
     block = tl.load(table + here // BLOCK_SIZE)
@@ -550,11 +545,55 @@ def _split_kernel(
             )  # fmt: skip
             fetched = coming
             chunk += WARPS
+    return state
 
+
+@triton.jit
+def _write(
+    thread,
+    state,
+    rotation,
+    out,
+    out_stride_token,
+    out_stride_head,
+    partial_out,
+    partial_lse,
+    first_token,
+    rows,
+    first_row,
+    kv_head,
+    own_part,
+    whole,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SETS: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+):
+    """Join what the warps have seen and write it to `out`, or, unless the part is whole, for `_merge`.
+
+    own_part: index of the part's first row among the partial outputs.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    WARPS: tl.constexpr = thread.shape[0] // 32
+    TILES: tl.constexpr = (HALF + 15) // 16
+    REGISTERS: tl.constexpr = _registers_of_output(HALF_PAD, WARPS)
+    # After the last look-up, warps exchange results where a table was.
+    EXCHANGE_FIRST: tl.constexpr = DYNAMIC if table_places(KEY_CODE, VALUE_CODE, COPIES)[3] > 0 else 0
+    zero = tl.zeros([WARPS * 32], tl.float32)
+    lane = thread % 32
+    warp = thread // 32
+    group = lane // 4
+    place = lane % 4
     PAIRS: tl.constexpr = HEAD_DIM // 16
     peaks, totals, outs = state
     for k in tl.static_range(SETS):
-        # The warps have seen different tokens: one log-sum-exp over them, as over the splits below.
+        # The warps have seen different tokens: one log-sum-exp over them, as over the parts in _merge.
         total = quad_sum(totals[k])
         warp_peaks = of_all_warps(peaks[k], thread, EXCHANGE_FIRST)
         warp_totals = of_all_warps(total, thread, EXCHANGE_FIRST)
@@ -591,54 +630,203 @@ def _split_kernel(
 
         own = first_row + 4 * k + place
         own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
-        part = (own_token * NUM_HEADS + own_head) * splits + split
+        part = own_part + 4 * k + place
         for i in tl.static_range(REGISTERS // WARPS):
             register = i * WARPS + warp
             inner = register % (REGISTERS // 2)
             own_dim = group * PAIRS + inner + register // (REGISTERS // 2) * HALF
             own_kept = (own < rows) & (inner < PAIRS)
-            if used_splits == 1:
+            if whole:
                 own_out = out + own_token * out_stride_token + own_head * out_stride_head
                 tl.store(own_out + own_dim, sums[i].to(DTYPE), mask=own_kept)
             else:
                 tl.store(partial_out + part * HEAD_DIM + own_dim, sums[i], mask=own_kept)
-        if used_splits > 1:
-            own = first_row + 4 * k + group // 2
-            own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
-            part = (own_token * NUM_HEADS + own_head) * splits + split
-            tl.store(partial_lse + part, lse, mask=(own < rows) & (thread % 8 == 0) & (warp == 0))
-    if used_splits == 1:
-        return
+        if not whole:
+            part = own_part + 4 * k + group // 2
+            tl.store(partial_lse + part, lse, mask=(thread % 8 == 0) & (warp == 0))
 
-    # Whoever comes last finds all parts written. The counter is left as it was found.
-    tl.debug_barrier()
-    counter = arrived + tl.program_id(0) * tl.num_programs(1) + kv_head
-    if tl.atomic_add(counter, 1, sem="acq_rel") < used_splits - 1:
-        return
-    tl.store(counter, 0)
-    parts = (token * NUM_HEADS + head) * splits
-    number = tl.arange(0, MAX_SPLITS)
+
+@triton.jit
+def _merge(
+    partial_out,
+    partial_lse,
+    first_program,
+    parts,
+    column,
+    columns,
+    MAX_PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
+    """The output float32 [ROWS, 2 * HALF_PAD] of a request, from what `_write` left of its parts."""
+    row = tl.arange(0, ROWS)
+    number = tl.arange(0, MAX_PARTS)
+    first = _partial_row(first_program + number, (number == 0).to(tl.int32), column, columns, ROWS)
     lse = tl.load(
-        partial_lse + parts[:, None] + number[None, :],
-        mask=(row < rows)[:, None] & (number < used_splits)[None, :],
+        partial_lse + row[:, None] + first[None, :],
+        mask=(number < parts)[None, :],
         other=float("-inf"),
         cache_modifier=".cg",
     )
     peak = tl.max(lse, axis=1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)
+    dim = tl.arange(0, 2 * HALF_PAD)
     merged = tl.zeros([ROWS, 2 * HALF_PAD], tl.float32)
-    for i in tl.range(0, used_splits):
-        own_lse = tl.load(partial_lse + parts + i, mask=row < rows, other=float("-inf"), cache_modifier=".cg")
+    own = _partial_row(first_program, 1, column, columns, ROWS) + row
+    for i in tl.range(0, parts):
+        own_lse = tl.load(partial_lse + own, cache_modifier=".cg")
         piece = tl.load(
-            partial_out + ((parts + i) * HEAD_DIM)[:, None] + dim[None, :],
-            mask=kept,
+            partial_out + (own * HEAD_DIM)[:, None] + dim[None, :],
+            mask=(dim < HEAD_DIM)[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
+        # A part without tokens has written no output.
+        piece = tl.where((own_lse > float("-inf"))[:, None], piece, 0.0)
         merged += tl.exp2(own_lse - peak)[:, None] * piece
-    merged *= tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
-    tl.store(target[:, None] + dim[None, :], merged.to(DTYPE), mask=kept)
+        own = _partial_row(first_program + i + 1, 0, column, columns, ROWS) + row
+    return merged * tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
+
+
+@triton.jit
+def _partial_row(program, begins, column, columns, ROWS: tl.constexpr):
+    """The first row, among partial outputs, of a program's part of a request.
+
+    begins: 1 if the request begins with it, else 0; a program has at most one of either that is not a whole
+    request.
+    """
+    return ((2 * program + begins) * columns + column) * ROWS
+
+
+@triton.constexpr_function
+def _registers_of_output(half_pad, warps):
+    """Values x, then values y, that a lane holds of a query's output, padded for the exchange."""
+    return max(half_pad // 4, warps)
+
+
+# What differs from batch to batch must not compile another kernel in the middle of serving.
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc"],
+)
+def _decode_kernel(
+    query,
+    query_stride_token,
+    query_stride_head,
+    cache,
+    block_stride,
+    block_table,
+    table_stride,
+    seq_lens,
+    query_start_loc,
+    rotation,
+    key_lut,
+    value_lut,
+    scale_log2,
+    out,
+    out_stride_token,
+    out_stride_head,
+    partial_out,
+    partial_lse,
+    arrived,
+    begin_words,
+    items,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
+    ITEM_WORDS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    SETS: tl.constexpr,
+    WARPS: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    KEY_CODE: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    KEY_RADIUS_OFFSET: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    VALUE_RADIUS_OFFSET: tl.constexpr,
+):
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    ROWS: tl.constexpr = 4 * SETS
+    PLACES: tl.constexpr = table_places(KEY_CODE, VALUE_CODE, COPIES)
+    STATIC_BYTES: tl.constexpr = PLACES[2]
+    DYNAMIC_BYTES: tl.constexpr = PLACES[3]
+    EXCHANGE: tl.constexpr = exchange_bytes(_registers_of_output(HALF_PAD, WARPS), WARPS)
+    kv_head = tl.program_id(0)
+    row_block = tl.program_id(1)
+    program = tl.program_id(2)
+    thread = tl.arange(0, WARPS * 32)
+    open_shared(thread, EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES)
+    record = begin_words + program * ITEM_WORDS
+    following = items + (tl.load(record + ITEM_WORDS - 2) + 1) * ITEM_WORDS
+    count_items = tl.load(record + ITEM_WORDS - 1)
+    reserve_dynamic(thread, DYNAMIC_BYTES, count_items < 0, arrived)
+
+    column = row_block * tl.num_programs(0) + kv_head
+    columns = ROW_BLOCKS * tl.num_programs(0)
+    first_row = row_block * ROWS
+    for _ in tl.range(0, count_items):
+        request = tl.load(record)
+        begin = tl.load(record + 1)
+        finish = tl.load(record + 2)
+        first_program = tl.load(record + 3)
+        parts = tl.load(record + 4)
+        # A row is one query head of one of the request's queries.
+        first_token = tl.load(query_start_loc + request)
+        count = tl.load(query_start_loc + request + 1) - first_token
+        rows = count * GROUP
+        seq_len = tl.load(seq_lens + request)
+        # Warps take turns at chunks of 16 tokens, which no page cuts.
+        start = begin * WARPS
+        end = tl.minimum(finish * WARPS, tl.cdiv(seq_len, 16))
+        row = first_row + tl.arange(0, ROWS)
+        token, head = _row_index(first_token, row, kv_head, NUM_HEADS, GROUP)
+        target = out + token * out_stride_token + head * out_stride_head
+        dim = tl.arange(0, 2 * HALF_PAD)
+        kept = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
+        own_part = _partial_row(program, (begin == 0).to(tl.int32), column, columns, ROWS)
+        if first_row < rows:
+            if start < end:
+                state = _read(
+                    thread, query, query_stride_token, query_stride_head, cache, block_stride,
+                    block_table + request.to(tl.int64) * table_stride, seq_len, first_token, count, first_row,
+                    start, end, kv_head, rotation, key_lut, value_lut, scale_log2,
+                    NUM_HEADS, GROUP, SETS, COPIES, ROTATE, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
+                    KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
+                    VALUE_RADIUS_OFFSET,
+                )  # fmt: skip
+                _write(
+                    thread, state, rotation, out, out_stride_token, out_stride_head, partial_out, partial_lse,
+                    first_token, rows, first_row, kv_head, own_part, parts == 1,
+                    NUM_HEADS, GROUP, SETS, COPIES, ROTATE, HEAD_DIM, HALF_PAD, KEY_CODE, VALUE_CODE,
+                )  # fmt: skip
+            elif parts == 1:
+                tl.store(target[:, None] + dim[None, :], tl.zeros([ROWS, 2 * HALF_PAD], DTYPE), mask=kept)
+            else:
+                # Fewer tokens than when the schedule was made.
+                unseen = tl.full([ROWS], float("-inf"), tl.float32)
+                tl.store(partial_lse + own_part + tl.arange(0, ROWS), unseen)
+            if parts > 1:
+                # Whoever comes last finds all parts written. The counter is left as it was found.
+                tl.debug_barrier()
+                counter = arrived + request * columns + column
+                if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+                    tl.store(counter, 0)
+                    merged = _merge(
+                        partial_out, partial_lse, first_program, parts, column, columns,
+                        MAX_PARTS, ROWS, HEAD_DIM, HALF_PAD,
+                    )  # fmt: skip
+                    tl.store(target[:, None] + dim[None, :], merged.to(DTYPE), mask=kept)
+        record = following
+        following += ITEM_WORDS
 
 
 def decode_attention(
@@ -653,6 +841,7 @@ def decode_attention(
     scale: float,
     out: torch.Tensor,
     workspace: DecodeWorkspace,
+    schedule: Schedule,
 ) -> None:
     """Causal attention of each request's last queries over its pages, without unpacking them.
 
@@ -673,9 +862,11 @@ def decode_attention(
         scale: softmax scale.
         out: like query, other memory.
         workspace: DecodeWorkspace.allocate for at least this batch.
+        schedule: of make_schedule with this max_query_len, and planned for this batch's seq_lens and
+            query_start_loc; a captured graph's, with those of each replay.
 
     Raises:
-        ValueError: for other shapes, dtypes or strides, or a workspace too small.
+        ValueError: for other shapes, dtypes or strides, or a workspace or schedule that does not fit.
     """
     tokens, num_heads, head_dim = query.shape
     num_reqs = seq_lens.shape[0]
@@ -704,19 +895,24 @@ def decode_attention(
     )
     if not tokens or not num_reqs:
         return
-    group = num_heads // num_kv_heads
-    sets = 1 if max_query_len * group <= 4 else 2
-    row_blocks = triton.cdiv(max_query_len * group, 4 * sets)
-    splits = num_splits(num_reqs, num_kv_heads)
-    rows = tokens * num_heads
+    rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
+    columns = num_kv_heads * rows.blocks
+    parts = 2 * schedule.programs * columns * 4 * rows.sets
     check(
         workspace.query.dtype == query.dtype
         and workspace.query[:tokens].shape == query.shape
-        and workspace.arrived.numel() >= num_reqs * row_blocks * num_kv_heads
-        and workspace.partial_lse.numel() >= rows * splits
-        and workspace.partial_out.numel() >= rows * splits * head_dim,
+        and workspace.arrived.numel() >= num_reqs * columns
+        and workspace.partial_lse.numel() >= parts
+        and workspace.partial_out.numel() >= parts * head_dim,
         f"the workspace is too small, or not of {query.dtype}, for {tokens} queries of {num_reqs} "
         f"requests, {num_heads} heads of {head_dim}",
+    )
+    config = tuning.config("decode", fmt, query.device)
+    warps = config["num_warps"]
+    check(
+        schedule.turn == 16 * warps and schedule.max_reqs >= num_reqs,
+        f"the schedule is for up to {schedule.max_reqs} requests in turns of {schedule.turn} tokens, not for "
+        f"{num_reqs} in turns of {16 * warps}",
     )
     # A Hadamard matrix is applied where the queries are read and the outputs written.
     fused = head_dim & (head_dim - 1) == 0
@@ -724,8 +920,7 @@ def decode_attention(
     if apart:
         rotate(query, workspace.query[:tokens], tables)
         query = workspace.query[:tokens]
-    config = tuning.config("decode", fmt, query.device)
-    _split_kernel[(num_reqs * row_blocks, num_kv_heads, splits)](
+    _decode_kernel[(num_kv_heads, rows.blocks, schedule.programs)](
         query,
         query.stride(0),
         query.stride(1),
@@ -745,18 +940,19 @@ def decode_attention(
         workspace.partial_out,
         workspace.partial_lse,
         workspace.arrived,
-        splits,
+        schedule.begin,
+        schedule.items,
         NUM_HEADS=num_heads,
-        GROUP=group,
-        MAX_SPLITS=MAX_SPLITS,
-        ROW_BLOCKS=row_blocks,
-        SETS=sets,
-        WARPS=config["num_warps"],
+        GROUP=num_heads // num_kv_heads,
+        MAX_PARTS=MAX_PARTS,
+        ITEM_WORDS=ITEM_WORDS,
+        ROW_BLOCKS=rows.blocks,
+        SETS=rows.sets,
+        WARPS=warps,
         COPIES=table_copies(query.device),
         ROTATE=fmt.key.rotated and fused,
-        num_warps=config["num_warps"],
-        # Two programs share a multiprocessor's 65,536 registers where that costs no spills in the loop.
-        maxnreg=128 if sets == 1 and head_dim <= 128 else None,
+        num_warps=warps,
+        maxnreg=_registers(rows, head_dim),
         **page_constants(fmt),
     )
     if apart:

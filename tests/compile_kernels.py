@@ -33,20 +33,22 @@ POINTERS = {
     "query_start_loc": "*i32", "rotation": "*fp32", "key_lut": "*i32", "value_lut": "*i32",
     "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16", "value": "*bf16",
     "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
+    "begin_words": "*i32", "items": "*i32",
 }  # fmt: skip
-SCALARS = {"block_stride": "i64", "table_stride": "i32", "splits": "i32", "scale_log2": "fp32"}
+SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 
 
 def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel of decode attention, its constants and its launch options."""
     head_dim = fmt.head_dim
     constants = {
-        "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ROW_BLOCKS": 1,
+        "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_PARTS": decode.MAX_PARTS,
+        "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
         "SETS": sets, "WARPS": WARPS, "COPIES": 32 if capability in (80, 90) else 16,
         "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
     }  # fmt: skip
     options = {"num_warps": WARPS, "maxnreg": 128 if sets == 1 and head_dim <= 128 else None}
-    return decode._split_kernel, constants, options
+    return decode._decode_kernel, constants, options
 
 
 def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -39,9 +39,10 @@ from vllm_polarquant.format import (
     PolarFormat,
 )
 from vllm_polarquant.kernels import decode, store, tuning
-from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention, num_splits
+from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention, make_schedule
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import rotate
+from vllm_polarquant.kernels.schedule import Schedule, plan
 from vllm_polarquant.kernels.store import store_kv
 
 NAN = float("nan")
@@ -50,8 +51,8 @@ K4V4 = "polarquant_k4v4"
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Small batches would be split for a whole GPU, which takes the interpreter seconds."""
-    monkeypatch.setattr(decode, "PROGRAMS", 16)
+    """Small batches would be cut for a whole GPU, which takes the interpreter seconds."""
+    monkeypatch.setattr(decode, "processors", lambda device: 8)
 
 
 def workspace_for(batch: Batch, max_query_len: int) -> DecodeWorkspace:
@@ -71,7 +72,24 @@ def workspace_for(batch: Batch, max_query_len: int) -> DecodeWorkspace:
     return workspace
 
 
-def run_decode(batch: Batch, max_query_len: int) -> torch.Tensor:
+def schedule_for(batch: Batch, max_query_len: int, max_reqs: int | None = None) -> Schedule:
+    """A schedule planned for the batch."""
+    schedule = make_schedule(
+        batch.fmt,
+        batch.query.shape[1],
+        batch.cache.shape[1],
+        max_reqs or len(batch.seq_lens),
+        batch.query.device,
+        max_query_len,
+    )
+    schedule.first.fill_(-1)
+    schedule.items.fill_(-1)
+    schedule.begin.fill_(-1)
+    plan(batch.seq_lens, batch.query_start_loc, schedule)
+    return schedule
+
+
+def run_decode(batch: Batch, max_query_len: int, schedule: Schedule | None = None) -> torch.Tensor:
     out = torch.full_like(batch.query, NAN)
     out[int(batch.query_start_loc[-1]) :] = 7
     workspace = workspace_for(batch, max_query_len)
@@ -87,6 +105,7 @@ def run_decode(batch: Batch, max_query_len: int) -> torch.Tensor:
         batch.scale,
         out,
         workspace,
+        schedule or schedule_for(batch, max_query_len),
     )
     assert (workspace.arrived == 0).all(), "the next launch would merge too early"
     return out
@@ -300,17 +319,34 @@ def test_decode_shares_kv_heads(group, device):
     check_decode(make_batch(fmt, [40, 3], [1, 1], torch.float16, device, 2, group), 1)
 
 
-@pytest.mark.parametrize("programs", [1, 4, 64])
+@pytest.mark.parametrize("processors", [1, 2, 32])
 @pytest.mark.parametrize("preset", [K4V4, LOSSLESS])
-def test_decode_with_few_and_many_splits(preset, programs, device, monkeypatch):
-    monkeypatch.setattr(decode, "PROGRAMS", programs)
+def test_decode_with_few_and_many_programs(preset, processors, device, monkeypatch):
+    monkeypatch.setattr(decode, "processors", lambda device: processors)
     fmt = PolarFormat(preset, 64, 16)
     check_decode(make_batch(fmt, [300, 129, 64], [1, 1, 1], torch.float16, device, 1), 1)
 
 
+def test_a_program_ends_one_request_and_begins_the_next(device, monkeypatch):
+    monkeypatch.setattr(decode, "processors", lambda device: 1)
+    batch = make_batch(PolarFormat(K4V4, 64, 16), [1000, 2500, 64], [1] * 3, torch.float16, device, 1)
+    schedule = schedule_for(batch, 1)
+    assert schedule.first.tolist() == [0, 2, 4]
+    assert schedule.items[:4, 0].tolist() == [0, 1, 1, 2], "no request is cut between the programs"
+    check_decode(batch, 1)
+
+
+@pytest.mark.parametrize("planned", [[40, 20, 900], [900, 400, 17]])
+def test_decode_stays_right_where_lengths_changed_after_planning(planned, device):
+    batch = make_batch(PolarFormat(K4V4, 64, 16), [300, 129, 64], [1, 1, 1], torch.float16, device, 1)
+    want = run_decode(batch, 1)
+    stale = replace(batch, seq_lens=torch.tensor(planned, dtype=torch.int32, device=device))
+    assert relative_error(run_decode(batch, 1, schedule_for(stale, 1)), want) < 1e-3
+
+
 @pytest.mark.parametrize("query_len", [2, 3, 5, 8])
 def test_decode_of_several_queries_is_causal(query_len, device, monkeypatch):
-    monkeypatch.setattr(decode, "PROGRAMS", 4)
+    monkeypatch.setattr(decode, "processors", lambda device: 2)
     fmt = PolarFormat(K4V4, 64, 16)
     lens = [query_len, 66, 130]
     check_decode(make_batch(fmt, lens, [query_len] * 3, torch.float16, device, 1, 3), query_len)
@@ -466,28 +502,17 @@ def test_decode_equals_gather_and_merge(device):
 
 def test_a_workspace_fits_every_batch_and_stays_small(monkeypatch):
     monkeypatch.undo()
+    fmt = PolarFormat(K4V4, 128, 16)
     for heads, kv_heads, queries in ((32, 8, 1), (32, 8, 16), (64, 8, 4), (28, 4, 1), (32, 32, 1)):
         workspace = DecodeWorkspace.allocate(
             1024, heads, kv_heads, 128, torch.bfloat16, "meta", max_reqs=1024, max_query_len=queries
         )
-        for reqs in range(1, 1025):
-            tokens = min(1024, reqs * queries)
-            needed = tokens * heads * num_splits(reqs, kv_heads)
-            assert needed <= workspace.partial_lse.numel()
-            assert needed * 128 <= workspace.partial_out.numel()
-        assert workspace.nbytes < 120e6 * heads / 32
-
-
-def test_splits_fill_whole_rounds_of_programs(monkeypatch):
-    monkeypatch.undo()
-    assert num_splits(1, 1) == decode.MAX_SPLITS
-    assert num_splits(10_000, 8) == 1
-    for reqs in range(1, 300):
-        splits = num_splits(reqs, 8)
-        assert 1 <= splits <= decode.MAX_SPLITS
-        launched = reqs * 8 * splits
-        slots = -(-launched // decode.PROGRAMS) * decode.PROGRAMS
-        assert launched / slots > 0.75, f"{reqs} requests leave a quarter of the GPU idle"
+        schedule = make_schedule(fmt, heads, kv_heads, 1024, "meta", queries)
+        # A part that is not a whole request has a row for each head of each query, of a program at most two.
+        rows = 2 * schedule.programs * heads * queries
+        assert rows <= workspace.partial_lse.numel()
+        assert rows * 128 <= workspace.partial_out.numel()
+        assert workspace.nbytes < 14e6 * heads / 32
 
 
 def test_specific_launch_parameters_win():
@@ -519,7 +544,7 @@ def test_launchers_name_what_is_wrong(device):
         with pytest.raises(ValueError, match=message):
             store_kv(**good | change, fmt=fmt, tables=batch.tables)
 
-    def decode_with(max_query_len=1, workspace=None, **change):
+    def decode_with(max_query_len=1, workspace=None, schedule=None, **change):
         changed = replace(batch, **change)
         decode_attention(
             changed.query,
@@ -533,9 +558,12 @@ def test_launchers_name_what_is_wrong(device):
             1.0,
             torch.empty_like(batch.query),
             workspace or workspace_for(batch, 1),
+            schedule or schedule_for(batch, 1),
         )
 
     small = workspace_for(batch, 1)
+    small_schedule = schedule_for(batch, 1)
+    many = torch.ones(2, dtype=torch.int32, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     for call, message in (
         (lambda: decode_with(max_query_len=17), "max_query_len must be 1 to 16"),
         (lambda: decode_with(seq_lens=batch.seq_lens.long()), "seq_lens must be torch.int32"),
@@ -546,6 +574,11 @@ def test_launchers_name_what_is_wrong(device):
             lambda: decode_with(workspace=replace(small, partial_lse=small.partial_lse[:-1])),
             "workspace is too small",
         ),
+        (lambda: decode_with(schedule=Schedule.allocate(1, 8, 64, device)), "in turns of 64 tokens"),
+        (lambda: decode_with(schedule=Schedule.allocate(0, 8, 128, device)), "is for up to 0 requests"),
+        (lambda: plan(slots, slots, small_schedule), "seq_lens must be torch.int32"),
+        (lambda: plan(batch.seq_lens, batch.seq_lens, small_schedule), "query_start_loc must be"),
+        (lambda: plan(*many, small_schedule), "for up to 1 requests cannot hold 2"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -599,6 +632,7 @@ def test_a_captured_graph_follows_the_lengths(device):
     width = first.block_table.shape[1]
     static.block_table[:, :width] = first.block_table
     workspace = workspace_for(static, 1)
+    schedule = schedule_for(static, 1)
     out = torch.full_like(static.query, NAN)
     slots = torch.full((3,), -1, dtype=torch.int64, device=device)
     fresh = vectors((3, 8, 128), torch.bfloat16, device)
@@ -617,6 +651,7 @@ def test_a_captured_graph_follows_the_lengths(device):
             static.scale,
             out,
             workspace,
+            schedule,
         )
 
     step()
@@ -630,6 +665,7 @@ def test_a_captured_graph_follows_the_lengths(device):
         static.block_table[:, : table.shape[1]] = table
         static.seq_lens.copy_(batch.seq_lens)
         static.query.copy_(batch.query)
+        plan(static.seq_lens, static.query_start_loc, schedule)
         out.fill_(NAN)
         graph.replay()
         torch.cuda.synchronize()

@@ -173,6 +173,7 @@ class PolarMetadata:
 
     max_decode_len is the most query tokens a decode may have, a constant of the engine, so that a
     captured graph serves every batch. context_lens_cpu counts the tokens before each prefill's chunk.
+    schedule and prefill are what a device's kernels need beside that.
     """
 
     num_actual_tokens: int
@@ -185,6 +186,7 @@ class PolarMetadata:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     context_lens_cpu: torch.Tensor
+    schedule: Any = None
     prefill: Any = None
 
 

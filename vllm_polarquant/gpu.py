@@ -20,20 +20,39 @@ from vllm.v1.attention.backend import (
     max_decode_query_len,
 )
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_polarquant.backend import PolarMetadata, PolarMetadataBuilder, PolarQuantImpl
 from vllm_polarquant.format import PolarFormat
-from vllm_polarquant.kernels.decode import MAX_QUERY_LEN, DecodeWorkspace, decode_attention
+from vllm_polarquant.kernels.decode import (
+    MAX_QUERY_LEN,
+    DecodeWorkspace,
+    decode_attention,
+    make_schedule,
+)
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import MANY_ROWS, rotate
+from vllm_polarquant.kernels.schedule import Schedule, plan
 from vllm_polarquant.kernels.store import MANY_VECTORS, store_kv
 from vllm_polarquant.prefix import PrefillPlan, plan_prefill, workspace_tokens
 
 
 class GpuMetadataBuilder(PolarMetadataBuilder):
-    """Adds the prefill's segments, computed on the CPU and copied over in one go."""
+    """Adds the decodes' schedule, computed on the GPU, and the prefill's segments, computed on the CPU."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(self.impl, GpuImpl)
+        # Captured graphs read it, so it stays where it is.
+        self.schedule = self.impl.make_schedule(self.fmt)
 
     def build(
         self,
@@ -42,6 +61,10 @@ class GpuMetadataBuilder(PolarMetadataBuilder):
         fast_build: bool = False,
     ) -> PolarMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if metadata.num_decodes:
+            decodes = metadata.num_decodes
+            plan(metadata.seq_lens[:decodes], metadata.query_start_loc[: decodes + 1], self.schedule)
+            metadata.schedule = self.schedule
         if metadata.num_prefills:
             assert isinstance(self.impl, GpuImpl)
             first = metadata.num_decodes
@@ -118,6 +141,7 @@ class GpuImpl(PolarQuantImpl):
                 f"speculative tokens, not {decode_len - 1}; lower num_speculative_tokens."
             )
         self.decode_len = decode_len
+        self.max_reqs = _max_requests(config)
         self.fa_version = get_flash_attn_version(head_size=self.head_size)
         self.buffers = _buffers(
             self.num_heads,
@@ -125,8 +149,19 @@ class GpuImpl(PolarQuantImpl):
             self.head_size,
             self.dtype,
             torch.device("cuda", torch.cuda.current_device()),
-            _max_requests(config),
+            self.max_reqs,
             decode_len,
+        )
+
+    def make_schedule(self, fmt: PolarFormat) -> Schedule:
+        """A schedule of decodes for every batch that the engine may have."""
+        return make_schedule(
+            fmt,
+            self.num_heads,
+            self.num_kv_heads,
+            self.max_reqs,
+            self.tables.rotation.device,
+            self.decode_len,
         )
 
     def store(
@@ -160,6 +195,7 @@ class GpuImpl(PolarQuantImpl):
             self.scale,
             output[:tokens],
             self.buffers.decode,
+            m.schedule,
         )
 
     def prefill(
@@ -271,6 +307,8 @@ class GpuImpl(PolarQuantImpl):
             merge_prefix(query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True)
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
         starts = torch.tensor([0, self.decode_len], dtype=torch.int32, device=device)
+        schedule = self.make_schedule(fmt)
+        plan(starts[1:], starts, schedule)
         decode_attention(
             query[: self.decode_len],
             pages,
@@ -283,6 +321,7 @@ class GpuImpl(PolarQuantImpl):
             self.scale,
             out[: self.decode_len],
             self.buffers.decode,
+            schedule,
         )
         cut = torch.tensor([0, fmt.block_size], dtype=torch.int32, device=device)
         gather_prefix(
