@@ -33,8 +33,10 @@ from vllm_polarquant.kernels.lanes import (
     pack_halves,
     quad_max,
     quad_sum,
+    recomputed,
     reserve_dynamic,
     shuffle_from,
+    shuffle_int,
     sum_over_warps,
     unpack_halves,
 )
@@ -424,6 +426,28 @@ def _row_index(first_token, row, kv_head, NUM_HEADS: tl.constexpr, GROUP: tl.con
 
 
 @triton.jit
+def _blocks(table, chunk, turn, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Each lane's block number: where its warp, now at `chunk`, will be `turn` + lane turns from now."""
+    there = tl.minimum(chunk + (turn + lane) * WARPS, last) * 16
+    return tl.load(table + there // BLOCK_SIZE)
+
+
+@triton.jit
+def _fill_tables(
+    thread,
+    key_lut,
+    value_lut,
+    KEY_CODE: tl.constexpr,
+    VALUE_CODE: tl.constexpr,
+    COPIES: tl.constexpr,
+):
+    PLACES: tl.constexpr = table_places(KEY_CODE, VALUE_CODE, COPIES)
+    fill_table(thread, key_lut, PLACES[0], table_entries(KEY_CODE), COPIES)
+    if VALUE_CODE != KEY_CODE:
+        fill_table(thread, value_lut, PLACES[1], table_entries(VALUE_CODE), COPIES)
+
+
+@triton.jit
 def _read(
     thread,
     query,
@@ -474,12 +498,6 @@ def _read(
     lane = thread % 32
     group = lane // 4
     place = lane % 4
-    # The item before has left what it exchanged where the tables go.
-    tl.debug_barrier()
-    fill_table(thread, key_lut, KEY_FIRST, table_entries(KEY_CODE), COPIES)
-    if VALUE_CODE != KEY_CODE:
-        fill_table(thread, value_lut, VALUE_FIRST, table_entries(VALUE_CODE), COPIES)
-
     zero = tl.zeros([WARPS * 32], tl.float32)
     none = tl.zeros([WARPS * 32], tl.uint32)
     sets = ()
@@ -511,40 +529,45 @@ def _read(
         for _ in tl.static_range(TILES):
             outs = outs + ((zero, zero, zero, zero),)
     state = (peaks, totals, outs)
-    chunk = start + thread // 32
+    warp = thread // 32
     last = end - 1
-    here = tl.minimum(chunk, last) * 16
+    total_turns = tl.cdiv(end - start, WARPS)
+    # Every row sees all of these; what is left, and what other warps are short of, is masked.
+    whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
+    here = tl.minimum(start + warp, last) * 16
     block = tl.load(table + here // BLOCK_SIZE)
+    # A page waits for its number: each lane loads that of another turn, long before.
+    coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, BLOCK_SIZE)
     page = cache + block.to(tl.int64) * block_stride + head_offset
     fetched = _fetch(
         page, here % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET,
         VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
     )  # fmt: skip
-    there = tl.minimum(chunk + WARPS, last) * 16
-    block = tl.load(table + there // BLOCK_SIZE)
     tl.debug_barrier()
 
-    # Every row sees all of these; what is left, and what other warps are short of, is masked.
-    whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
-    total_turns = tl.cdiv(end - start, WARPS)
-    for MASKED in tl.static_range(2):
-        for _ in tl.range(whole if MASKED else 0, total_turns if MASKED else whole):
-            page = cache + block.to(tl.int64) * block_stride + head_offset
-            coming = _fetch(
-                page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
-                KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
-            )  # fmt: skip
-            there = tl.minimum(chunk + 2 * WARPS, last) * 16
-            block = tl.load(table + there // BLOCK_SIZE)
-            seen = ()
-            for k in tl.static_range(SETS + 1):
-                seen = seen + (tl.where(chunk < end, limits[k], 0),)
-            state = _attend(
-                fetched, operands, state, seen, chunk * 16 + 2 * place, scale_log2, key_lut, value_lut,
-                lane, SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
-            )  # fmt: skip
-            fetched = coming
-            chunk += WARPS
+    for first in tl.range(0, total_turns, 32):
+        blocks = coming_blocks
+        coming_blocks = _blocks(table, start + warp, first + 33, lane, last, WARPS, BLOCK_SIZE)
+        for MASKED in tl.static_range(2):
+            begin = tl.maximum(whole, first) if MASKED else first
+            stop = tl.minimum(total_turns if MASKED else whole, first + 32)
+            for turn in tl.range(begin, stop):
+                chunk = start + warp + turn * WARPS
+                block = shuffle_int(blocks, turn - first)
+                page = cache + block.to(tl.int64) * block_stride + head_offset
+                there = tl.minimum(chunk + WARPS, last) * 16
+                coming = _fetch(
+                    page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
+                    KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+                )  # fmt: skip
+                seen = ()
+                for k in tl.static_range(SETS + 1):
+                    seen = seen + (tl.where(chunk < end, limits[k], 0),)
+                state = _attend(
+                    fetched, operands, state, seen, chunk * 16 + 2 * place, scale_log2, key_lut, value_lut,
+                    lane, SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
+                )  # fmt: skip
+                fetched = coming
     return state
 
 
@@ -691,6 +714,29 @@ def _merge(
 
 
 @triton.jit
+def _store_rows(
+    values,
+    out,
+    out_stride_token,
+    out_stride_head,
+    first_token,
+    rows,
+    first_row,
+    kv_head,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Write values, float32 [rows of a program, padded head_dim], to the rows of `out` from first_row on."""
+    row = first_row + tl.arange(0, values.shape[0])
+    token, head = _row_index(first_token, row, kv_head, NUM_HEADS, GROUP)
+    target = out + token * out_stride_token + head * out_stride_head
+    dim = tl.arange(0, values.shape[1])
+    kept = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(target[:, None] + dim[None, :], values.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
 def _partial_row(program, begins, column, columns, ROWS: tl.constexpr):
     """The first row, among partial outputs, of a program's part of a request.
 
@@ -754,7 +800,6 @@ def _decode_kernel(
     VALUE_OFFSET: tl.constexpr,
     VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = query.dtype.element_ty
     ROWS: tl.constexpr = 4 * SETS
     PLACES: tl.constexpr = table_places(KEY_CODE, VALUE_CODE, COPIES)
     STATIC_BYTES: tl.constexpr = PLACES[2]
@@ -773,7 +818,8 @@ def _decode_kernel(
     column = row_block * tl.num_programs(0) + kv_head
     columns = ROW_BLOCKS * tl.num_programs(0)
     first_row = row_block * ROWS
-    for _ in tl.range(0, count_items):
+    _fill_tables(thread, key_lut, value_lut, KEY_CODE, VALUE_CODE, COPIES)
+    for remaining in tl.range(count_items, 0, -1):
         request = tl.load(record)
         begin = tl.load(record + 1)
         finish = tl.load(record + 2)
@@ -787,16 +833,11 @@ def _decode_kernel(
         # Warps take turns at chunks of 16 tokens, which no page cuts.
         start = begin * WARPS
         end = tl.minimum(finish * WARPS, tl.cdiv(seq_len, 16))
-        row = first_row + tl.arange(0, ROWS)
-        token, head = _row_index(first_token, row, kv_head, NUM_HEADS, GROUP)
-        target = out + token * out_stride_token + head * out_stride_head
-        dim = tl.arange(0, 2 * HALF_PAD)
-        kept = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
         own_part = _partial_row(program, (begin == 0).to(tl.int32), column, columns, ROWS)
         if first_row < rows:
             if start < end:
                 state = _read(
-                    thread, query, query_stride_token, query_stride_head, cache, block_stride,
+                    recomputed(thread), query, query_stride_token, query_stride_head, cache, block_stride,
                     block_table + request.to(tl.int64) * table_stride, seq_len, first_token, count, first_row,
                     start, end, kv_head, rotation, key_lut, value_lut, scale_log2,
                     NUM_HEADS, GROUP, SETS, COPIES, ROTATE, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
@@ -804,12 +845,15 @@ def _decode_kernel(
                     VALUE_RADIUS_OFFSET,
                 )  # fmt: skip
                 _write(
-                    thread, state, rotation, out, out_stride_token, out_stride_head, partial_out, partial_lse,
-                    first_token, rows, first_row, kv_head, own_part, parts == 1,
+                    recomputed(thread), state, rotation, out, out_stride_token, out_stride_head,
+                    partial_out, partial_lse, first_token, rows, first_row, kv_head, own_part, parts == 1,
                     NUM_HEADS, GROUP, SETS, COPIES, ROTATE, HEAD_DIM, HALF_PAD, KEY_CODE, VALUE_CODE,
                 )  # fmt: skip
             elif parts == 1:
-                tl.store(target[:, None] + dim[None, :], tl.zeros([ROWS, 2 * HALF_PAD], DTYPE), mask=kept)
+                _store_rows(
+                    tl.zeros([ROWS, 2 * HALF_PAD], tl.float32), out, out_stride_token, out_stride_head,
+                    first_token, rows, first_row, kv_head, NUM_HEADS, GROUP, HEAD_DIM,
+                )  # fmt: skip
             else:
                 # Fewer tokens than when the schedule was made.
                 unseen = tl.full([ROWS], float("-inf"), tl.float32)
@@ -824,7 +868,14 @@ def _decode_kernel(
                         partial_out, partial_lse, first_program, parts, column, columns,
                         MAX_PARTS, ROWS, HEAD_DIM, HALF_PAD,
                     )  # fmt: skip
-                    tl.store(target[:, None] + dim[None, :], merged.to(DTYPE), mask=kept)
+                    _store_rows(
+                        merged, out, out_stride_token, out_stride_head,
+                        first_token, rows, first_row, kv_head, NUM_HEADS, GROUP, HEAD_DIM,
+                    )  # fmt: skip
+        if remaining > 1:
+            # What was exchanged lies where the tables go.
+            tl.debug_barrier()
+            _fill_tables(recomputed(thread), key_lut, value_lut, KEY_CODE, VALUE_CODE, COPIES)
         record = following
         following += ITEM_WORDS
 

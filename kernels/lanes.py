@@ -41,6 +41,21 @@ def _load_asm(count, vector):
     return "\n".join(lines)
 
 
+@triton.jit
+def recomputed(x):
+    """x, int32, of which the compiler knows nothing.
+
+    Whatever is computed from it in a loop stays there, instead of waiting outside in registers that the
+    loop inside has no room for.
+    """
+    if _INTERPRET:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
+
+
 @triton.constexpr_function
 def _outputs(kind, count):
     return ",".join([f"={kind}"] * count)
@@ -121,6 +136,12 @@ def shuffle_from(x, lane):
         return tl.inline_asm_elementwise(
             _shuffle_asm("idx", "$2"), "=f,f,r", [x, lane], dtype=tl.float32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def shuffle_int(x, lane):
+    """x, int32, of one lane, the same for all threads, of each thread's warp."""
+    return shuffle_from(x.to(tl.float32, bitcast=True), x * 0 + lane).to(tl.int32, bitcast=True)
 
 
 @triton.jit
