@@ -62,6 +62,12 @@ _ALL_COPIES = 160 << 10
 """Shared memory of a multiprocessor from which on each lane has its own copy of a table; else two lanes
 share."""
 
+_REGISTERS = 65536
+"""Registers of a multiprocessor, of every GPU that Triton compiles for."""
+
+_MAX_TOGETHER = 4
+"""Programs at most that run on a multiprocessor at once; the workspace has room for them."""
+
 _LOG2_E = 1.4426950408889634
 
 
@@ -132,9 +138,24 @@ class _Rows:
         return cls(sets, triton.cdiv(rows, 4 * sets))
 
 
-def _registers(rows: _Rows, head_dim: int) -> int | None:
-    """The most a thread may have: two programs share 65,536 where that costs no spills in the loop."""
-    return 128 if rows.sets == 1 and head_dim <= 128 else None
+@dataclass(frozen=True)
+class _Launch:
+    """warps of a program, registers that a thread may have, programs that run on a multiprocessor at once."""
+
+    warps: int
+    registers: int
+    together: int
+
+    @classmethod
+    @cache
+    def of(cls, fmt: PolarFormat, rows: _Rows, device: torch.device) -> _Launch:
+        config = tuning.config("decode" if rows.sets == 1 else "decode_wide", fmt, device)
+        warps, registers = config["num_warps"], config["maxnreg"]
+        copies = table_copies(device)
+        _, _, static, dynamic = table_places(vector_code(fmt.key), vector_code(fmt.value), copies)
+        # CUDA keeps 1 KB of shared memory a program, and exchanges take as much.
+        fit = min(_REGISTERS // (32 * warps * registers), _shared_memory(device) // (static + dynamic + 2048))
+        return cls(warps, registers, min(max(1, fit), _MAX_TOGETHER))
 
 
 def make_schedule(
@@ -151,14 +172,9 @@ def make_schedule(
     """
     device = torch.device(device)
     rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
-    together = 1
-    if _registers(rows, fmt.head_dim) is not None:
-        copies = table_copies(device)
-        _, _, static, dynamic = table_places(vector_code(fmt.key), vector_code(fmt.value), copies)
-        together = 2 if 2 * (static + dynamic) <= _shared_memory(device) else 1
-    programs = processors(device) * together // (num_kv_heads * rows.blocks)
-    warps = tuning.config("decode", fmt, device)["num_warps"]
-    return Schedule.allocate(max_reqs, max(1, programs), 16 * warps, device)
+    launch = _Launch.of(fmt, rows, device)
+    programs = processors(device) * launch.together // (num_kv_heads * rows.blocks)
+    return Schedule.allocate(max_reqs, max(1, programs), 16 * launch.warps, device)
 
 
 @dataclass(frozen=True)
@@ -196,7 +212,7 @@ class DecodeWorkspace:
         """
         rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
         columns = num_kv_heads * rows.blocks
-        parts = 2 * max(1, 2 * processors(device) // columns) * columns * 4 * rows.sets
+        parts = 2 * max(1, _MAX_TOGETHER * processors(device) // columns) * columns * 4 * rows.sets
         return cls(
             torch.empty(max_tokens, num_heads, head_dim, dtype=dtype, device=device),
             torch.empty(parts, head_dim, dtype=torch.float32, device=device),
@@ -958,12 +974,12 @@ def decode_attention(
         f"the workspace is too small, or not of {query.dtype}, for {tokens} queries of {num_reqs} "
         f"requests, {num_heads} heads of {head_dim}",
     )
-    config = tuning.config("decode", fmt, query.device)
-    warps = config["num_warps"]
+    launch = _Launch.of(fmt, rows, query.device)
+    turn = 16 * launch.warps
     check(
-        schedule.turn == 16 * warps and schedule.max_reqs >= num_reqs,
+        schedule.turn == turn and schedule.max_reqs >= num_reqs,
         f"the schedule is for up to {schedule.max_reqs} requests in turns of {schedule.turn} tokens, not for "
-        f"{num_reqs} in turns of {16 * warps}",
+        f"{num_reqs} in turns of {turn}",
     )
     # A Hadamard matrix is applied where the queries are read and the outputs written.
     fused = head_dim & (head_dim - 1) == 0
@@ -999,11 +1015,11 @@ def decode_attention(
         ITEM_WORDS=ITEM_WORDS,
         ROW_BLOCKS=rows.blocks,
         SETS=rows.sets,
-        WARPS=warps,
+        WARPS=launch.warps,
         COPIES=table_copies(query.device),
         ROTATE=fmt.key.rotated and fused,
-        num_warps=warps,
-        maxnreg=_registers(rows, head_dim),
+        num_warps=launch.warps,
+        maxnreg=launch.registers,
         **page_constants(fmt),
     )
     if apart:

@@ -27,7 +27,6 @@ from vllm_polarquant.kernels import decode, store, tuning
 from vllm_polarquant.kernels.page import page_constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-WARPS = 8
 POINTERS = {
     "query": "*bf16", "out": "*bf16", "cache": "*u8", "block_table": "*i32", "seq_lens": "*i32",
     "query_start_loc": "*i32", "rotation": "*fp32", "key_lut": "*i32", "value_lut": "*i32",
@@ -41,14 +40,14 @@ SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel of decode attention, its constants and its launch options."""
     head_dim = fmt.head_dim
+    config = tuning.config("decode" if sets == 1 else "decode_wide", fmt, torch.device("cpu"))
     constants = {
         "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_PARTS": decode.MAX_PARTS,
         "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
-        "SETS": sets, "WARPS": WARPS, "COPIES": 32 if capability in (80, 90) else 16,
+        "SETS": sets, "WARPS": config["num_warps"], "COPIES": 32 if capability in (80, 90) else 16,
         "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
     }  # fmt: skip
-    options = {"num_warps": WARPS, "maxnreg": 128 if sets == 1 and head_dim <= 128 else None}
-    return decode._decode_kernel, constants, options
+    return decode._decode_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
 
 
 def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ MULTIPROCESSOR = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 120: 100 << 10}
 """Shared memory of a multiprocessor."""
 
 CASES = [
-    (80, "polarquant_k4v4", 128, 1),
+    (80, "polarquant_k4v4", 128, 2),
     (89, "polarquant_k4v8", 64, 1),
     (90, "polarquant_k4v4", 128, 1),
     (90, "polarquant_k4v3", 256, 2),
@@ -46,4 +46,5 @@ def test_kernels_compile_for_every_generation_and_can_be_launched() -> None:
         assert static > reserved or dynamic > 0
         assert static - reserved + dynamic <= UNASKED or dynamic > UNASKED, case
         assert programs * (max(static, static - reserved + 1024) + dynamic) <= MULTIPROCESSOR[case[0]], case
-        assert registers <= (128 if case[2] <= 128 and case[3] == 1 else 255), case
+        # So many that as many programs run together as kernels/configs counts on.
+        assert registers <= ({1: 128, 2: 168}.get(case[3], 255) if case[2] <= 128 else 255), case
