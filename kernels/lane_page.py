@@ -13,8 +13,9 @@ from vllm_polarquant.kernels.lanes import (
     funnel,
     load_words,
     look_up,
-    pack_halves,
+    scale_halves,
     shuffle_up,
+    spread_bytes,
     unpack_halves,
 )
 from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius, state_bits
@@ -125,12 +126,12 @@ def unit(
         return tl.zeros(lane.shape, tl.uint32)
     elif CODE == FP8:
         RUN: tl.constexpr = len(words) // 2
-        # e4m3's bits are a float16's, seven places up, of a number 256 times smaller.
-        x = _field(words[:RUN], 8 * PAIR, 8, 0)
-        y = _field(words[RUN:], 8 * PAIR, 8, 0)
-        both = (x << 8) | (y << 24)
-        low, high = unpack_halves((both & 0x80008000) | ((both & 0x7F007F00) >> 1), tl.float16)
-        return pack_halves(low * 256.0, high * 256.0, DTYPE)
+        # e4m3's bits are, a few places up, those of a 16-bit float that is a power of two smaller.
+        UP: tl.constexpr = 4 if tl.bfloat16 == DTYPE else 1
+        SMALLER: tl.constexpr = 120 if tl.bfloat16 == DTYPE else 8
+        both = spread_bytes(words[PAIR // 4], words[RUN + PAIR // 4], PAIR % 4)
+        bits = (both & 0x80008000) | ((both >> UP) & (0x7F007F00 >> UP))
+        return scale_halves(bits, SMALLER, DTYPE)
     elif CODE == RAW:
         HALVES: tl.constexpr = len(words) // 2
         x = _field(words[:HALVES], 16 * PAIR, 16, 0)

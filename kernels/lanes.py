@@ -242,6 +242,44 @@ def pack_halves(low, high, DTYPE: tl.constexpr):
         )
 
 
+@triton.jit
+def scale_halves(word, EXPONENT: tl.constexpr, DTYPE: tl.constexpr):
+    """The two 16-bit floats of a 32-bit word, subnormal ones too, times 2**EXPONENT."""
+    if _INTERPRET:
+        low, high = unpack_halves(word, DTYPE)
+        factor: tl.constexpr = 2.0**EXPONENT
+        return pack_halves(low * factor, high * factor, DTYPE)
+    else:
+        return tl.inline_asm_elementwise(
+            _scale_asm(EXPONENT, DTYPE), "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.constexpr_function
+def _scale_asm(exponent, dtype):
+    bits = (exponent + 127) << 7 if dtype == tl.bfloat16 else (exponent + 15) << 10
+    # SM 80 multiplies two bfloat16 at once only where it also adds: -0, which changes no product.
+    return (
+        f"{{.reg .b32 factor, zero;\nmov.b32 factor, {bits << 16 | bits};\nmov.b32 zero, 0x80008000;\n"
+        f"fma.rn.{_short_name(dtype)}x2 $0, $1, factor, zero;}}"
+    )
+
+
+@triton.jit
+def spread_bytes(low, high, BYTE: tl.constexpr):
+    """One byte of each of two words, uint32, as the upper bytes of the halves of one.
+
+    The lower bytes are of no use.
+    """
+    if _INTERPRET:
+        return (((low >> (8 * BYTE)) & 0xFF) << 8) | (((high >> (8 * BYTE)) & 0xFF) << 24)
+    else:
+        return tl.inline_asm_elementwise(
+            f"prmt.b32 $0, $1, $2, {0x4400 + 0x1111 * BYTE};", "=r,r,r", [low, high],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
 @triton.constexpr_function
 def _short_name(dtype):
     return "bf16" if dtype == tl.bfloat16 else "f16"
