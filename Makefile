@@ -10,9 +10,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
-# What `make eval` runs, of how many documents of each lm-eval task (all, if empty), on which GPUs (GPUS=0,0,0:
-# three dtypes at a time on one), and the folder of its results.
+# What `make eval` runs, which of the suite's cells (all, if empty), of how many documents of each lm-eval task
+# (all), on which GPUs (GPUS=0,0,0: three dtypes at a time on one), and the folder of its results.
 SUITE ?= local
+ONLY ?=
 LIMIT ?=
 GPUS ?=
 RESULTS ?= eval-results
@@ -50,7 +51,7 @@ eval: $(READY)
 	status=0; \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/polarquant-eval probe \
 		--kv-cache-dtypes all --suite $(SUITE) --engine "$$engine" --out $(RESULTS) \
-		$(if $(LIMIT),--limit $(LIMIT)) $(if $(GPUS),--gpus $(GPUS)) || status=$$?; \
+		$(if $(ONLY),--only $(ONLY)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(GPUS),--gpus $(GPUS)) || status=$$?; \
 	test $$status -le 1 || exit $$status; \
 	$(BIN)/polarquant-eval report $(RESULTS) --out $$page; \
 	exit $$status

@@ -21,8 +21,11 @@ from vllm_polarquant.eval.suites import Cell, load_suite
 
 
 def reason(problem: BaseException) -> str:
-    """An exception as one line."""
+    """An exception as one line; of one without words, where it was raised."""
     words = " ".join(str(problem).split())
+    if not words and (frames := traceback.extract_tb(problem.__traceback__)):
+        last = frames[-1]
+        words = f"{'/'.join(Path(last.filename).parts[-3:])}, line {last.lineno}: {last.line}"
     return f"{type(problem).__name__}: {words}" if words else type(problem).__name__
 
 

@@ -23,6 +23,7 @@ from vllm_polarquant.eval.measures.retrieval import summarise
 from vllm_polarquant.eval.measures.text import token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import SuiteError, load_suite, suite_names
+from vllm_polarquant.eval.worker import reason
 
 RNG = np.random.default_rng(0)
 
@@ -261,6 +262,17 @@ def test_cells_that_fail_or_die_are_reported_and_block_only_what_needs_them(
         f"polarquant_k4v4, {name}" for name in ("text", "retrieval", "greedy")
     ]
     assert "there is no result of auto to compare with" in lines[2]
+
+
+def test_an_error_without_words_says_where_it_was_raised(tmp_path: Path) -> None:
+    source = tmp_path / "layers" / "attention.py"
+    source.parent.mkdir()
+    source.write_text("x = 1\nassert x > 2\n")
+    with pytest.raises(AssertionError) as wordless:
+        exec(compile(source.read_text(), str(source), "exec"))
+    place = f"{tmp_path.name}/layers/attention.py"
+    assert reason(wordless.value) == f"AssertionError: {place}, line 2: assert x > 2"
+    assert reason(ValueError("no\n such thing")) == "ValueError: no such thing"
 
 
 def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
