@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -49,7 +50,7 @@ def _fail(message: object) -> NoReturn:
 def note_run(folder: Path, left_out: dict[str, str], failures: dict[tuple[str, str], str]) -> None:
     """Keep with the results what the run's command was, and why a dtype or a cell has none."""
     run = {
-        "command": " ".join(["polarquant-eval", *sys.argv[1:]]),
+        "command": shlex.join(["polarquant-eval", *sys.argv[1:]]),
         "left_out": left_out,
         "failed": [{"dtype": dtype, "cell": cell, "reason": why} for (dtype, cell), why in failures.items()],
     }

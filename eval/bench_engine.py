@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -417,6 +418,26 @@ def _full(runs: dict[str, Any], base: dict[str, Any], name: str) -> Section:
     )
 
 
+def kept(old: Report, new: Report) -> Report:
+    """`new`, still without runs, behind the runs of an earlier report.
+
+    Raises:
+        typer.BadParameter: naming what differs, if they cannot stand in one table.
+    """
+
+    def conditions(report: Report) -> dict[str, Any]:
+        machine = {k: v for k, v in report["environment"].items() if k != "date" and "clock" not in k}
+        # As JSON gives it back.
+        plan = json.loads(json.dumps(report["plan"]))
+        return machine | {k: v for k, v in plan.items() if k != "limit_s"}
+
+    before, now = conditions(old), conditions(new)
+    if other := [name for name in before | now if before.get(name) != now.get(name)]:
+        what = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in other)
+        raise typer.BadParameter(f"--keep: the earlier report was made with another {what}")
+    return {**old, "command": f"{old['command']} && {new['command']}"}
+
+
 def main(
     dtypes: Annotated[
         str, typer.Option(help="--kv-cache-dtype names, comma-separated; the first is the baseline.")
@@ -437,6 +458,9 @@ def main(
     ),
     limit: Annotated[float, typer.Option(help="Seconds that one dtype may take.")] = 300.0,
     out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png files.")] = Path("bench-engine"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Add to the report at --out, made here with the same plan.")
+    ] = False,
     render: Annotated[Path | None, typer.Option(help="Only redraw this JSON report to --out.")] = None,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -469,13 +493,18 @@ def main(
         "limit_s": limit,
         "engine": json.loads(engine),
     }
-    asked = " ".join(sys.argv[1:])
+    asked = shlex.join(sys.argv[1:])
     found: Report = {
         "environment": report.environment(),
         "command": f"python -m {__spec__.name} {asked}".strip(),
         "plan": plan,
         "runs": {},
     }
+    if keep:
+        earlier = report.path_of(out, "json")
+        if not earlier.is_file():
+            raise typer.BadParameter(f"--keep: there is no {earlier}")
+        found = kept(json.loads(earlier.read_text()), found)
     for dtype in dtypes.split(","):
         console.print(f"[bold]{dtype}[/]")
         run = _run(dtype, plan, report.path_of(out, f"{dtype}.part"), limit)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -385,7 +386,7 @@ def main(
     todo = jobs((case for case in cases if case.op in ops.split(",")), names, everywhere=full)
     found: Report = {
         "environment": report.environment(),
-        "command": f"python -m {__spec__.name} {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {__spec__.name} {shlex.join(sys.argv[1:])}".strip(),
         "contenders": names,
         "bandwidth": {},
         "cells": [],

@@ -402,23 +402,50 @@ def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_
     assert [row[2] for row in memory.rows[2:]] == ["exceeded 300 s", "90 s are left"]
 
 
+def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
+    old: dict[str, Any] = {
+        "environment": {"device": "H200", "SM clock": "1980 MHz", "date": "2026-11-24"},
+        "command": "first",
+        "plan": {"cells": [[2, 64]], "limit_s": 300.0},
+        "runs": {"auto": {}},
+    }
+    new: dict[str, Any] = {
+        "environment": {"device": "H200", "SM clock": "345 MHz", "date": "2026-11-25"},
+        "command": "second",
+        "plan": {"cells": [(2, 64)], "limit_s": 200.0},
+        "runs": {},
+    }
+    both = bench_engine.kept(old, new)
+    assert both == old | {"command": "first && second"}
+    for change, words in (
+        ({"environment": new["environment"] | {"device": "H100"}}, "device: H200, now H100"),
+        ({"plan": new["plan"] | {"cells": [(2, 65)]}}, "cells: "),
+        ({"plan": new["plan"] | {"repeats": 2}}, "repeats: None, now 2"),
+    ):
+        with pytest.raises(typer.BadParameter, match=words):
+            bench_engine.kept(old, new | change)
+
+
 @pytest.mark.slow
 def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path: Path) -> None:
     engine = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 512}
     options = {
-        "model": MODEL, "dtypes": f"{K4V4},nonsense", "cells": "2x64", "prefill": "2x96", "ttft": "64",
+        "model": MODEL, "cells": "2x64", "prefill": "2x96", "ttft": "64",
         "ttft-prefix": "256x32", "full-memory": "128", "tokens": "4", "repeats": "2", "max-seqs": "8",
         "engine": json.dumps(engine), "out": str(tmp_path / "run"), "limit": "240",
     }  # fmt: skip
-    child = subprocess.run(
-        [sys.executable, "-m", bench_engine.__name__, *(f"--{k}={v}" for k, v in options.items())],
-        env=child_env(),
-        text=True,
-        capture_output=True,
-        timeout=560,
-    )
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
-    runs = json.loads((tmp_path / "run.json").read_text())["runs"]
+    for more in ([f"--dtypes={K4V4}"], ["--dtypes=nonsense", "--keep"]):
+        child = subprocess.run(
+            [sys.executable, "-m", bench_engine.__name__, *(f"--{k}={v}" for k, v in options.items()), *more],
+            env=child_env(),
+            text=True,
+            capture_output=True,
+            timeout=560,
+        )
+        assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["command"].count("bench_engine") == 2 and "--keep" in found["command"]
+    runs = found["runs"]
     ours = runs[K4V4]
     assert "error" not in ours
     names = ("ttft_ms 64", "prefill_tokens_per_s 2x96", "tpot_ms 2x64", "ttft_prefix_ms 256x32")
