@@ -46,7 +46,7 @@ bench: $(READY)
 # that alone writes the committed page. There in bfloat16: FlashAttention 3 reads no fp8 cache in float16.
 eval: $(READY)
 	@if nvidia-smi -L >/dev/null 2>&1; then page=docs/accuracy; \
-		engine='{"dtype": "bfloat16", "gpu_memory_utilization": 0.2}'; \
+		engine='{"dtype": "bfloat16", "gpu_memory_utilization": 0.1}'; \
 	else page=$(RESULTS)/accuracy; engine='{}'; fi; \
 	status=0; \
 	VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} $(BIN)/polarquant-eval probe \
