@@ -325,11 +325,11 @@ def _percent(x: float | None) -> str:
 
 
 _NOTES = {
-    "decode": "One token a request; rotation and the merge of a request's parts included, not what is planned "
-    "once a step for all layers, of ours or FlashAttention's. CUDA-graph replays over several layers' caches, "
-    "256 MiB or more together. Median (min-max). Limit: the pages of our dtype at the measured bandwidth. Each "
-    "output is compared once with exact attention, ours up to 32k tokens also with the reference on the same "
-    "pages.",
+    "decode": "One token a request; rotation and the merge of a request's parts included, not what is "
+    "planned once a step for all layers, of ours or FlashAttention's. CUDA-graph replays over several "
+    "layers' caches, 256 MiB or more together. Median (min-max). Limit: the pages of our dtype at the "
+    "measured bandwidth. Each output is compared once with exact attention, ours up to 32k tokens also with "
+    "the reference on the same pages.",
     "store": "Keys and values into pages, quantisation included. CUDA-graph replays. Limit: keys and values "
     "read and pages written at the measured bandwidth. Outputs are checked by the decode table.",
     "prefix": "A chunk's attention on its cached prefix and on itself, not captured, as in vLLM. The limit "
