@@ -24,7 +24,6 @@ from vllm_polarquant.kernels.lanes import (
     DYNAMIC,
     exchange_bytes,
     fill_table,
-    follow_maximum,
     for_maximum,
     hadamard,
     load_words,
@@ -32,6 +31,7 @@ from vllm_polarquant.kernels.lanes import (
     of_all_warps,
     open_shared,
     pack_halves,
+    quad_max,
     quad_sum,
     recomputed,
     reserve_dynamic,
@@ -67,9 +67,6 @@ _REGISTERS = 65536
 
 _MAX_TOGETHER = 4
 """Programs at most that run on a multiprocessor at once; the workspace has room for them."""
-
-_MARGIN = tl.constexpr(8.0)
-"""Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
 
 _LOG2_E = 1.4426950408889634
 
@@ -122,11 +119,6 @@ def processors(device: torch.device | str) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def fused(head_dim: int) -> bool:
-    """Whether the kernel rotates queries and turns outputs back: where the rotation is a Hadamard matrix."""
-    return head_dim & (head_dim - 1) == 0
 
 
 @dataclass(frozen=True)
@@ -189,8 +181,7 @@ def make_schedule(
 class DecodeWorkspace:
     """Buffers of decode_attention, sized once for every batch it will see.
 
-    query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype; without rows where
-        the kernel rotates them itself.
+    query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype.
     partial_out: float32 [rows, d], the normalised outputs of parts of requests: of each program, the part
         that it goes on with and the one that it begins.
     partial_lse: float32 [rows], their log2-sum-exp2.
@@ -216,15 +207,14 @@ class DecodeWorkspace:
     ) -> DecodeWorkspace:
         """Buffers for up to max_tokens queries of up to max_reqs requests of up to max_query_len.
 
-        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 2 MB.
+        With one query a request, 32 heads, 8 KV heads and head_dim 128 they take 7 MB for 256
+        requests and 13 MB for 1024.
         """
         rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
         columns = num_kv_heads * rows.blocks
         parts = 2 * max(1, _MAX_TOGETHER * processors(device) // columns) * columns * 4 * rows.sets
         return cls(
-            torch.empty(
-                0 if fused(head_dim) else max_tokens, num_heads, head_dim, dtype=dtype, device=device
-            ),
+            torch.empty(max_tokens, num_heads, head_dim, dtype=dtype, device=device),
             torch.empty(parts, head_dim, dtype=torch.float32, device=device),
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(max_reqs * columns, dtype=torch.int32, device=device),
@@ -306,7 +296,6 @@ def _attend(
     limits: for each set the tokens that the query of row g may see, then those that are stored.
     """
     KEY_PAIRS: tl.constexpr = HEAD_DIM // 8
-    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     peaks, totals, outs = state
     radius = radii(fetched[6])
     zero = tl.zeros(lane.shape, tl.float32)
@@ -328,7 +317,7 @@ def _attend(
     own_half = tl.where((lane & 4) == 0, 0xFFFF, 0xFFFF0000).to(tl.uint32)
     new_peaks = ()
     new_totals = ()
-    new_outs = ()
+    decays = ()
     weights = ()
     for k in tl.static_range(SETS):
         scores = ()
@@ -346,14 +335,14 @@ def _attend(
                 heights = heights + (for_maximum(height),)
         else:
             heights = scores
-        top = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
-        scaled, total, peak = follow_maximum(
-            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, lane, _MARGIN
-        )
+        tile = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
+        peak = tl.maximum(peaks[k], quad_max(tile))
         shift = peak
         if MASKED:
             # A row that has seen nothing yet would subtract infinities.
             shift = tl.where(peak == float("-inf"), 0.0, peak)
+        decay = tl.exp2(peaks[k] - shift)
+        total = totals[k] * decay
         for i in tl.static_range(4):
             weight = tl.exp2(scores[i] - shift)
             total += weight
@@ -361,14 +350,20 @@ def _attend(
             if MASKED:
                 stored = token + (8 * (i // 2) + i % 2) < limits[SETS]
                 value_radius = tl.where(stored, value_radius, 0.0)
-            scaled_weight = weight * value_radius
+            scaled = weight * value_radius
             # Even rows weigh the xs of a pair, odd rows the ys.
-            weights = weights + (pack_halves(scaled_weight, scaled_weight, DTYPE) & own_half,)
+            weights = weights + (pack_halves(scaled, scaled, DTYPE) & own_half,)
         new_peaks = new_peaks + (peak,)
         new_totals = new_totals + (total,)
-        new_outs = new_outs + scaled
+        decays = decays + (shuffle_from(decay, lane % 4 * 8),)
 
     PAIRS: tl.constexpr = HEAD_DIM // 16
+    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
+    new_outs = ()
+    for i in tl.static_range(SETS * TILES):
+        out = outs[i]
+        decay = decays[i // TILES]
+        new_outs = new_outs + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
     for half in tl.static_range(2):
         outs = new_outs
         new_outs = ()
@@ -702,7 +697,6 @@ def _merge(
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
-    TOGETHER: tl.constexpr = 6,
 ):
     """The output float32 [ROWS, 2 * HALF_PAD] of a request, from what `_write` left of its parts."""
     row = tl.arange(0, ROWS)
@@ -719,27 +713,19 @@ def _merge(
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)
     dim = tl.arange(0, 2 * HALF_PAD)
     merged = tl.zeros([ROWS, 2 * HALF_PAD], tl.float32)
-    for begin in tl.range(0, parts, TOGETHER):
-        # All loads first, so that they wait together.
-        lses = ()
-        pieces = ()
-        for i in tl.static_range(TOGETHER):
-            part = begin + i
-            own = _partial_row(first_program + part, (part == 0).to(tl.int32), column, columns, ROWS) + row
-            there = row * 0 + part < parts
-            lses = lses + (tl.load(partial_lse + own, mask=there, other=float("-inf"), cache_modifier=".cg"),)
-            pieces = pieces + (
-                tl.load(
-                    partial_out + (own * HEAD_DIM)[:, None] + dim[None, :],
-                    mask=(dim < HEAD_DIM)[None, :] & tl.expand_dims(there, 1),
-                    other=0.0,
-                    cache_modifier=".cg",
-                ),
-            )
-        for i in tl.static_range(TOGETHER):
-            # A part without tokens has written no output.
-            piece = tl.where(tl.expand_dims(lses[i] > float("-inf"), 1), pieces[i], 0.0)
-            merged += tl.exp2(lses[i] - peak)[:, None] * piece
+    own = _partial_row(first_program, 1, column, columns, ROWS) + row
+    for i in tl.range(0, parts):
+        own_lse = tl.load(partial_lse + own, cache_modifier=".cg")
+        piece = tl.load(
+            partial_out + (own * HEAD_DIM)[:, None] + dim[None, :],
+            mask=(dim < HEAD_DIM)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        # A part without tokens has written no output.
+        piece = tl.where((own_lse > float("-inf"))[:, None], piece, 0.0)
+        merged += tl.exp2(own_lse - peak)[:, None] * piece
+        own = _partial_row(first_program + i + 1, 0, column, columns, ROWS) + row
     return merged * tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
 
 
@@ -979,11 +965,9 @@ def decode_attention(
     rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
     columns = num_kv_heads * rows.blocks
     parts = 2 * schedule.programs * columns * 4 * rows.sets
-    # A Hadamard matrix is applied where the queries are read and the outputs written.
-    apart = fmt.key.rotated and not fused(head_dim)
     check(
         workspace.query.dtype == query.dtype
-        and (not apart or workspace.query[:tokens].shape == query.shape)
+        and workspace.query[:tokens].shape == query.shape
         and workspace.arrived.numel() >= num_reqs * columns
         and workspace.partial_lse.numel() >= parts
         and workspace.partial_out.numel() >= parts * head_dim,
@@ -997,6 +981,9 @@ def decode_attention(
         f"the schedule is for up to {schedule.max_reqs} requests in turns of {schedule.turn} tokens, not for "
         f"{num_reqs} in turns of {turn}",
     )
+    # A Hadamard matrix is applied where the queries are read and the outputs written.
+    fused = head_dim & (head_dim - 1) == 0
+    apart = fmt.key.rotated and not fused
     if apart:
         rotate(query, workspace.query[:tokens], tables)
         query = workspace.query[:tokens]
@@ -1030,7 +1017,7 @@ def decode_attention(
         SETS=rows.sets,
         WARPS=launch.warps,
         COPIES=table_copies(query.device),
-        ROTATE=fmt.key.rotated and not apart,
+        ROTATE=fmt.key.rotated and fused,
         num_warps=launch.warps,
         maxnreg=launch.registers,
         **page_constants(fmt),

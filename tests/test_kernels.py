@@ -226,7 +226,7 @@ def test_store_of_nothing(device):
     assert (cache == 0xFF).all()
 
 
-@pytest.mark.parametrize("preset", ["polarquant_k8v4", "polarquant_k2v2"])
+@pytest.mark.parametrize("preset", ["polarquant_k4v8", "polarquant_k2v2"])
 def test_store_of_extreme_vectors(preset, device):
     fmt = PolarFormat(preset, 64, 16)
     x = torch.randn(8, 1, 64, device=device)
@@ -319,14 +319,6 @@ def test_decode_shares_kv_heads(group, device):
     check_decode(make_batch(fmt, [40, 3], [1, 1], torch.float16, device, 2, group), 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_where_maxima_keep_growing(dtype, device, monkeypatch):
-    """Logits hundreds apart, which neither a rotation nor codes make inexact, and ten turns a warp."""
-    monkeypatch.setattr(decode, "processors", lambda device: 1)
-    batch = make_batch(PolarFormat(LOSSLESS, 64, 16), [1300], [1], dtype, device, 1, 8)
-    check_decode(replace(batch, query=64 * batch.query), 1)
-
-
 @pytest.mark.parametrize("processors", [1, 2, 32])
 @pytest.mark.parametrize("preset", [K4V4, LOSSLESS])
 def test_decode_with_few_and_many_programs(preset, processors, device, monkeypatch):
@@ -380,7 +372,7 @@ def test_decode_of_more_rows_than_a_program_takes(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-5, 1e5])
 def test_decode_of_tiny_and_huge_values(size, dtype, device):
-    fmt = PolarFormat("polarquant_k8v4", 64, 16)
+    fmt = PolarFormat("polarquant_k4v8", 64, 16)
     batch = make_batch(fmt, [70], [1], dtype, device, heads=1)
     # Their radii lie outside what a plain float16 holds, as some of the tiny ones' values do.
     radius = reference.page_views(batch.cache, fmt).value_radius
