@@ -3,8 +3,8 @@
     python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
 
 takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel with few
-tokens, -1 with many) and prints, as JSON, the bytes of static and of dynamic shared memory and the registers
-a thread of each.
+tokens, -1 with many) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
+thread and how many programs an H200 would run on a multiprocessor at once, of each.
 """
 
 from __future__ import annotations
@@ -37,17 +37,22 @@ POINTERS = {
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 
 
+def launch_of(fmt: PolarFormat, sets: int) -> Any:
+    """How decode attention would be launched on an H200, where it is no GPU."""
+    return decode._Launch.of(fmt, decode._Rows(sets, 1), torch.device("cpu"))
+
+
 def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The kernel of decode attention, its constants and its launch options."""
     head_dim = fmt.head_dim
-    config = tuning.config("decode" if sets == 1 else "decode_wide", fmt, torch.device("cpu"))
+    launch = launch_of(fmt, sets)
     constants = {
         "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_PARTS": decode.MAX_PARTS,
         "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
-        "SETS": sets, "WARPS": config["num_warps"], "COPIES": 32 if capability in (80, 90) else 16,
+        "SETS": sets, "WARPS": launch.warps, "COPIES": 32 if capability in (80, 90) else 16,
         "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
     }  # fmt: skip
-    return decode._decode_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
+    return decode._decode_kernel, constants, {"num_warps": launch.warps, "maxnreg": launch.registers}
 
 
 def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -63,8 +68,8 @@ def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[s
     return store._store_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
 
 
-def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int]:
-    """Static and dynamic shared memory in bytes, registers a thread."""
+def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int, int]:
+    """Static and dynamic shared memory in bytes, registers a thread, programs together on an H200."""
     fmt = PolarFormat(preset, head_dim, 16)
     if sets > 0:
         kernel, constants, options = decode_kernel(capability, fmt, sets)
@@ -84,7 +89,8 @@ def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple
             [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
-    return found["SHARED"], compiled.metadata.shared, found["REG"]
+    together = launch_of(fmt, sets).together if sets > 0 else 1
+    return found["SHARED"], compiled.metadata.shared, found["REG"], together
 
 
 if __name__ == "__main__":
