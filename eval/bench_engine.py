@@ -425,11 +425,13 @@ def kept(old: Report, new: Report) -> Report:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
 
-    def conditions(report: Report) -> dict[str, Any]:
-        machine = {k: v for k, v in report["environment"].items() if k != "date" and "clock" not in k}
+    def conditions(found: Report) -> dict[str, Any]:
+        machine = {k: v for k, v in found["environment"].items() if k != "date" and "clock" not in k}
         # As JSON gives it back.
-        plan = json.loads(json.dumps(report["plan"]))
-        return machine | {k: v for k, v in plan.items() if k != "limit_s"}
+        plan = json.loads(json.dumps(found["plan"]))
+        # The shipped model lies elsewhere in a wheel and in a checkout.
+        model = {"model": Path(plan["model"]).name}
+        return machine | {k: v for k, v in plan.items() if k != "limit_s"} | model
 
     before, now = conditions(old), conditions(new)
     if other := [name for name in before | now if before.get(name) != now.get(name)]:

@@ -406,19 +406,23 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
     old: dict[str, Any] = {
         "environment": {"device": "H200", "SM clock": "1980 MHz", "date": "2026-11-24"},
         "command": "first",
-        "plan": {"cells": [[2, 64]], "limit_s": 300.0},
+        "plan": {"model": "eval/models/llama-3.1-8b", "cells": [[2, 64]], "limit_s": 300.0},
         "runs": {"auto": {}},
     }
     new: dict[str, Any] = {
         "environment": {"device": "H200", "SM clock": "345 MHz", "date": "2026-11-25"},
         "command": "second",
-        "plan": {"cells": [(2, 64)], "limit_s": 200.0},
+        "plan": {"model": "/elsewhere/llama-3.1-8b", "cells": [(2, 64)], "limit_s": 200.0},
         "runs": {},
     }
     both = bench_engine.kept(old, new)
     assert both == old | {"command": "first && second"}
     for change, words in (
         ({"environment": new["environment"] | {"device": "H100"}}, "device: H200, now H100"),
+        (
+            {"plan": new["plan"] | {"model": "/elsewhere/llama-3.2-1b"}},
+            "model: llama-3.1-8b, now llama-3.2-1b",
+        ),
         ({"plan": new["plan"] | {"cells": [(2, 65)]}}, "cells: "),
         ({"plan": new["plan"] | {"repeats": 2}}, "repeats: None, now 2"),
     ):
