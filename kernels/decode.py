@@ -697,6 +697,7 @@ def _merge(
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
+    TOGETHER: tl.constexpr = 6,
 ):
     """The output float32 [ROWS, 2 * HALF_PAD] of a request, from what `_write` left of its parts."""
     row = tl.arange(0, ROWS)
@@ -713,19 +714,27 @@ def _merge(
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)
     dim = tl.arange(0, 2 * HALF_PAD)
     merged = tl.zeros([ROWS, 2 * HALF_PAD], tl.float32)
-    own = _partial_row(first_program, 1, column, columns, ROWS) + row
-    for i in tl.range(0, parts):
-        own_lse = tl.load(partial_lse + own, cache_modifier=".cg")
-        piece = tl.load(
-            partial_out + (own * HEAD_DIM)[:, None] + dim[None, :],
-            mask=(dim < HEAD_DIM)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        # A part without tokens has written no output.
-        piece = tl.where((own_lse > float("-inf"))[:, None], piece, 0.0)
-        merged += tl.exp2(own_lse - peak)[:, None] * piece
-        own = _partial_row(first_program + i + 1, 0, column, columns, ROWS) + row
+    for begin in tl.range(0, parts, TOGETHER):
+        # All loads first, so that they wait together.
+        lses = ()
+        pieces = ()
+        for i in tl.static_range(TOGETHER):
+            part = begin + i
+            own = _partial_row(first_program + part, (part == 0).to(tl.int32), column, columns, ROWS) + row
+            there = row * 0 + part < parts
+            lses = lses + (tl.load(partial_lse + own, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+            pieces = pieces + (
+                tl.load(
+                    partial_out + (own * HEAD_DIM)[:, None] + dim[None, :],
+                    mask=(dim < HEAD_DIM)[None, :] & tl.expand_dims(there, 1),
+                    other=0.0,
+                    cache_modifier=".cg",
+                ),
+            )
+        for i in tl.static_range(TOGETHER):
+            # A part without tokens has written no output.
+            piece = tl.where(tl.expand_dims(lses[i] > float("-inf"), 1), pieces[i], 0.0)
+            merged += tl.exp2(lses[i] - peak)[:, None] * piece
     return merged * tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
 
 
