@@ -24,6 +24,7 @@ from vllm_polarquant.kernels.lanes import (
     DYNAMIC,
     exchange_bytes,
     fill_table,
+    follow_maximum,
     for_maximum,
     hadamard,
     load_words,
@@ -31,7 +32,6 @@ from vllm_polarquant.kernels.lanes import (
     of_all_warps,
     open_shared,
     pack_halves,
-    quad_max,
     quad_sum,
     recomputed,
     reserve_dynamic,
@@ -67,6 +67,9 @@ _REGISTERS = 65536
 
 _MAX_TOGETHER = 4
 """Programs at most that run on a multiprocessor at once; the workspace has room for them."""
+
+_MARGIN = tl.constexpr(8.0)
+"""Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
 
 _LOG2_E = 1.4426950408889634
 
@@ -296,6 +299,7 @@ def _attend(
     limits: for each set the tokens that the query of row g may see, then those that are stored.
     """
     KEY_PAIRS: tl.constexpr = HEAD_DIM // 8
+    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     peaks, totals, outs = state
     radius = radii(fetched[6])
     zero = tl.zeros(lane.shape, tl.float32)
@@ -317,7 +321,7 @@ def _attend(
     own_half = tl.where((lane & 4) == 0, 0xFFFF, 0xFFFF0000).to(tl.uint32)
     new_peaks = ()
     new_totals = ()
-    decays = ()
+    new_outs = ()
     weights = ()
     for k in tl.static_range(SETS):
         scores = ()
@@ -335,14 +339,14 @@ def _attend(
                 heights = heights + (for_maximum(height),)
         else:
             heights = scores
-        tile = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
-        peak = tl.maximum(peaks[k], quad_max(tile))
+        top = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
+        scaled, total, peak = follow_maximum(
+            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, lane, _MARGIN
+        )
         shift = peak
         if MASKED:
             # A row that has seen nothing yet would subtract infinities.
             shift = tl.where(peak == float("-inf"), 0.0, peak)
-        decay = tl.exp2(peaks[k] - shift)
-        total = totals[k] * decay
         for i in tl.static_range(4):
             weight = tl.exp2(scores[i] - shift)
             total += weight
@@ -350,20 +354,14 @@ def _attend(
             if MASKED:
                 stored = token + (8 * (i // 2) + i % 2) < limits[SETS]
                 value_radius = tl.where(stored, value_radius, 0.0)
-            scaled = weight * value_radius
+            scaled_weight = weight * value_radius
             # Even rows weigh the xs of a pair, odd rows the ys.
-            weights = weights + (pack_halves(scaled, scaled, DTYPE) & own_half,)
+            weights = weights + (pack_halves(scaled_weight, scaled_weight, DTYPE) & own_half,)
         new_peaks = new_peaks + (peak,)
         new_totals = new_totals + (total,)
-        decays = decays + (shuffle_from(decay, lane % 4 * 8),)
+        new_outs = new_outs + scaled
 
     PAIRS: tl.constexpr = HEAD_DIM // 16
-    TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
-    new_outs = ()
-    for i in tl.static_range(SETS * TILES):
-        out = outs[i]
-        decay = decays[i // TILES]
-        new_outs = new_outs + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
     for half in tl.static_range(2):
         outs = new_outs
         new_outs = ()

@@ -171,6 +171,71 @@ def quad_sum(x):
 
 
 @triton.jit
+def follow_maximum(outs, total, peak, top, lane, MARGIN: tl.constexpr):
+    """Let rows' running maxima follow those of what they see, and rescale what they have summed up.
+
+    outs: tuples of four float32, the outputs of query t. total, peak: float32, the sum of weights that this
+    lane has seen and the maximum, in powers of two, that they are relative to. top: the largest logit that it
+    has now seen of row g. Returns the three. Nothing changes while no logit of the warp is
+    2**MARGIN times above its row's maximum; so weights may be that large (FlashAttention 4 does so).
+    """
+    COUNT: tl.constexpr = 4 * len(outs)
+    if _INTERPRET:
+        WARPS: tl.constexpr = top.shape[0] // 32
+        over = tl.reshape((top > peak + MARGIN).to(tl.int32), [WARPS, 32])
+        over = tl.reshape(tl.broadcast_to(tl.max(over, axis=1)[:, None], [WARPS, 32]), top.shape) > 0
+        new_peak = tl.where(over, tl.maximum(peak, quad_max(top)), peak)
+        decay = tl.where(new_peak == peak, 1.0, tl.exp2(peak - new_peak))
+        total *= decay
+        decay = shuffle_from(decay, lane % 4 * 8)
+        scaled = ()
+        for i in tl.static_range(COUNT // 4):
+            out = outs[i]
+            scaled = scaled + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
+        return scaled, total, new_peak
+    else:
+        flat = ()
+        for i in tl.static_range(COUNT // 4):
+            flat = flat + outs[i]
+        done = tl.inline_asm_elementwise(
+            _follow_asm(COUNT, MARGIN),
+            _outputs("f", COUNT + 2) + _tied(COUNT + 2) + ",f,r",
+            flat + (total, peak, top, lane % 4 * 8),
+            dtype=dtypes(tl.float32, COUNT + 2),
+            is_pure=True,
+            pack=1,
+        )
+        scaled = ()
+        for i in tl.static_range(COUNT // 4):
+            scaled = scaled + (done[4 * i : 4 * i + 4],)
+        return scaled, done[COUNT], done[COUNT + 1]
+
+
+@triton.constexpr_function
+def _tied(count):
+    return "".join(f",{i}" for i in range(count))
+
+
+@triton.constexpr_function
+def _follow_asm(count, margin):
+    total, peak, top, place = (f"${i}" for i in (count, count + 1, 2 * count + 4, 2 * count + 5))
+    lines = [
+        "{.reg .pred over, some, same;\n.reg .f32 limit, high, other, decay;",
+        f"add.f32 limit, {peak}, {float(margin)};",
+        f"setp.gt.f32 over, {top}, limit;\nvote.sync.any.pred some, over, 0xffffffff;\n@!some bra DONE;",
+        f"max.f32 high, {peak}, {top};",
+        "shfl.sync.bfly.b32 other, high, 1, 0x1f, 0xffffffff;\nmax.f32 high, high, other;",
+        "shfl.sync.bfly.b32 other, high, 2, 0x1f, 0xffffffff;\nmax.f32 high, high, other;",
+        # A row that has seen nothing yet would subtract infinities.
+        f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;\nex2.approx.ftz.f32 decay, decay;",
+        f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;\nmul.f32 {total}, {total}, decay;",
+        f"shfl.sync.idx.b32 decay, decay, {place}, 0x1f, 0xffffffff;",
+    ]
+    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in range(count)]
+    return "\n".join([*lines, "DONE:\n}"])
+
+
+@triton.jit
 def hadamard(values, lane, FIRST_MASK: tl.constexpr, LAST_MASK: tl.constexpr):
     """A vector times Sylvester's matrix of +-1, its 2**k elements spread over registers and lanes.
 

@@ -319,6 +319,14 @@ def test_decode_shares_kv_heads(group, device):
     check_decode(make_batch(fmt, [40, 3], [1, 1], torch.float16, device, 2, group), 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_where_maxima_keep_growing(dtype, device, monkeypatch):
+    """Logits hundreds apart, which neither a rotation nor codes make inexact, and ten turns a warp."""
+    monkeypatch.setattr(decode, "processors", lambda device: 1)
+    batch = make_batch(PolarFormat(LOSSLESS, 64, 16), [1300], [1], dtype, device, 1, 8)
+    check_decode(replace(batch, query=64 * batch.query), 1)
+
+
 @pytest.mark.parametrize("processors", [1, 2, 32])
 @pytest.mark.parametrize("preset", [K4V4, LOSSLESS])
 def test_decode_with_few_and_many_programs(preset, processors, device, monkeypatch):
