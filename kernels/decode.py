@@ -124,6 +124,11 @@ def processors(device: torch.device | str) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def fused(head_dim: int) -> bool:
+    """Whether the kernel rotates queries and turns outputs back: where the rotation is a Hadamard matrix."""
+    return head_dim & (head_dim - 1) == 0
+
+
 @dataclass(frozen=True)
 class _Rows:
     """How the rows of a request, its queries' heads that share a KV head, are dealt to programs.
@@ -184,7 +189,8 @@ def make_schedule(
 class DecodeWorkspace:
     """Buffers of decode_attention, sized once for every batch it will see.
 
-    query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype.
+    query: queries rotated beforehand, [max_tokens, num_heads, d] in the model's dtype; without rows where
+        the kernel rotates them itself.
     partial_out: float32 [rows, d], the normalised outputs of parts of requests: of each program, the part
         that it goes on with and the one that it begins.
     partial_lse: float32 [rows], their log2-sum-exp2.
@@ -217,7 +223,9 @@ class DecodeWorkspace:
         columns = num_kv_heads * rows.blocks
         parts = 2 * max(1, _MAX_TOGETHER * processors(device) // columns) * columns * 4 * rows.sets
         return cls(
-            torch.empty(max_tokens, num_heads, head_dim, dtype=dtype, device=device),
+            torch.empty(
+                0 if fused(head_dim) else max_tokens, num_heads, head_dim, dtype=dtype, device=device
+            ),
             torch.empty(parts, head_dim, dtype=torch.float32, device=device),
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(max_reqs * columns, dtype=torch.int32, device=device),
@@ -972,9 +980,11 @@ def decode_attention(
     rows = _Rows.of(num_heads, num_kv_heads, max_query_len)
     columns = num_kv_heads * rows.blocks
     parts = 2 * schedule.programs * columns * 4 * rows.sets
+    # A Hadamard matrix is applied where the queries are read and the outputs written.
+    apart = fmt.key.rotated and not fused(head_dim)
     check(
         workspace.query.dtype == query.dtype
-        and workspace.query[:tokens].shape == query.shape
+        and (not apart or workspace.query[:tokens].shape == query.shape)
         and workspace.arrived.numel() >= num_reqs * columns
         and workspace.partial_lse.numel() >= parts
         and workspace.partial_out.numel() >= parts * head_dim,
@@ -988,9 +998,6 @@ def decode_attention(
         f"the schedule is for up to {schedule.max_reqs} requests in turns of {schedule.turn} tokens, not for "
         f"{num_reqs} in turns of {turn}",
     )
-    # A Hadamard matrix is applied where the queries are read and the outputs written.
-    fused = head_dim & (head_dim - 1) == 0
-    apart = fmt.key.rotated and not fused
     if apart:
         rotate(query, workspace.query[:tokens], tables)
         query = workspace.query[:tokens]
@@ -1024,7 +1031,7 @@ def decode_attention(
         SETS=rows.sets,
         WARPS=launch.warps,
         COPIES=table_copies(query.device),
-        ROTATE=fmt.key.rotated and fused,
+        ROTATE=fmt.key.rotated and not apart,
         num_warps=launch.warps,
         maxnreg=launch.registers,
         **page_constants(fmt),

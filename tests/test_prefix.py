@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_polarquant.prefix import plan_prefill
+from vllm_polarquant.prefix import plan_prefill, reads_like_decodes
 
 CPU = torch.device("cpu")
 
@@ -52,3 +52,19 @@ def test_every_prefix_token_is_unpacked_once(
 def test_first_chunks_have_no_segments(contexts: list[int]) -> None:
     starts = np.arange(len(contexts) + 1, dtype=np.int32) * 4
     assert plan_prefill(starts, np.array(contexts, np.int32), 8, CPU).segments == ()
+
+
+@pytest.mark.parametrize(
+    ("starts", "contexts", "expected"),
+    [
+        ([5, 21, 22], [100, 1], True),
+        ([0, 16], [1], True),
+        ([0, 17], [100], False),
+        ([0, 3, 6], [100, 0], False),
+        ([7, 23, 39, 55], [9, 9, 9], False),
+    ],
+)
+def test_few_tokens_after_prefixes_are_read_like_decodes(
+    starts: list[int], contexts: list[int], expected: bool
+) -> None:
+    assert reads_like_decodes(np.array(starts), np.array(contexts), 16, 40) is expected

@@ -3,6 +3,7 @@
 A prefill attends to its own chunk with FlashAttention on the fresh keys and values, and to its prefix in
 segments: `gather_prefix` unpacks as many tokens as the workspace holds, of as many requests as have any,
 FlashAttention runs on them with rotated queries, and `merge_prefix` turns the result back and merges it.
+Where all prefills of a batch are few tokens after a prefix, they are read off the pages like decodes.
 All memory is allocated when the model is loaded, so that vLLM's profile counts it.
 """
 
@@ -28,13 +29,22 @@ from vllm_polarquant.kernels.decode import (
     MAX_QUERY_LEN,
     DecodeWorkspace,
     decode_attention,
+    fused,
     make_schedule,
 )
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import MANY_ROWS, rotate
 from vllm_polarquant.kernels.schedule import Schedule, plan
 from vllm_polarquant.kernels.store import MANY_VECTORS, store_kv
-from vllm_polarquant.prefix import PrefillPlan, plan_prefill, workspace_tokens
+from vllm_polarquant.prefix import PrefillPlan, plan_prefill, reads_like_decodes, workspace_tokens
+
+
+def _short_tokens(head_dim: int) -> int:
+    """Tokens at most of all the chunks of a batch that are read like decodes.
+
+    Where the kernel does not rotate queries itself, they take memory.
+    """
+    return 4096 if fused(head_dim) else 1024
 
 
 class GpuMetadataBuilder(PolarMetadataBuilder):
@@ -53,6 +63,7 @@ class GpuMetadataBuilder(PolarMetadataBuilder):
         assert isinstance(self.impl, GpuImpl)
         # Captured graphs read it, so it stays where it is.
         self.schedule = self.impl.make_schedule(self.fmt)
+        self.short_schedule = self.impl.make_schedule(self.fmt, short=True)
 
     def build(
         self,
@@ -68,23 +79,38 @@ class GpuMetadataBuilder(PolarMetadataBuilder):
         if metadata.num_prefills:
             assert isinstance(self.impl, GpuImpl)
             first = metadata.num_decodes
-            metadata.prefill = plan_prefill(
-                metadata.query_start_loc_cpu.numpy()[first : first + metadata.num_prefills + 1],
-                metadata.context_lens_cpu.numpy(),
-                self.impl.buffers.prefix_tokens,
-                self.device,
-            )
+            last = first + metadata.num_prefills
+            starts = metadata.query_start_loc_cpu.numpy()[first : last + 1]
+            contexts = metadata.context_lens_cpu.numpy()
+            if reads_like_decodes(starts, contexts, MAX_QUERY_LEN, _short_tokens(self.impl.head_size)):
+                relative = metadata.query_start_loc[first : last + 1] - metadata.num_decode_tokens
+                plan(metadata.seq_lens[first:last], relative, self.short_schedule)
+                metadata.prefill = ShortPrefill(relative, self.short_schedule)
+            else:
+                metadata.prefill = plan_prefill(
+                    starts, contexts, self.impl.buffers.prefix_tokens, self.device
+                )
         return metadata
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """What every layer of one shape shares: the decode workspace and room for unpacked prefixes.
+class ShortPrefill:
+    """Prefills that are read like decodes: query_start_loc int32 [prefills + 1], from 0, and a schedule."""
 
-    prefix_key and prefix_value: the model's dtype, [prefix_tokens, kv heads, d].
+    query_start_loc: torch.Tensor
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What every layer of one shape shares: workspaces and room for unpacked prefixes.
+
+    decode and short: workspaces of decodes and of prefills that are read like them. prefix_key and
+    prefix_value: the model's dtype, [prefix_tokens, kv heads, d].
     """
 
     decode: DecodeWorkspace
+    short: DecodeWorkspace
     prefix_key: torch.Tensor
     prefix_value: torch.Tensor
 
@@ -94,7 +120,7 @@ class Buffers:
 
     @property
     def nbytes(self) -> int:
-        return self.decode.nbytes + self.prefix_key.nbytes + self.prefix_value.nbytes
+        return self.decode.nbytes + self.short.nbytes + self.prefix_key.nbytes + self.prefix_value.nbytes
 
 
 @cache
@@ -107,19 +133,25 @@ def _buffers(
     max_reqs: int,
     max_decode_len: int,
 ) -> Buffers:
-    decode = DecodeWorkspace.allocate(
-        max_tokens=max_reqs * max_decode_len,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        device=device,
-        max_reqs=max_reqs,
-        max_query_len=max_decode_len,
+    decode, short = (
+        DecodeWorkspace.allocate(
+            max_tokens=max_tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+            max_reqs=max_reqs,
+            max_query_len=max_query_len,
+        )
+        for max_tokens, max_query_len in (
+            (max_reqs * max_decode_len, max_decode_len),
+            (_short_tokens(head_dim), MAX_QUERY_LEN),
+        )
     )
     tokens = workspace_tokens(num_kv_heads, head_dim, dtype)
     prefix = torch.empty(2, tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
-    return Buffers(decode, prefix[0], prefix[1])
+    return Buffers(decode, short, prefix[0], prefix[1])
 
 
 def _max_requests(config: VllmConfig) -> int:
@@ -153,15 +185,15 @@ class GpuImpl(PolarQuantImpl):
             decode_len,
         )
 
-    def make_schedule(self, fmt: PolarFormat) -> Schedule:
-        """A schedule of decodes for every batch that the engine may have."""
+    def make_schedule(self, fmt: PolarFormat, short: bool = False) -> Schedule:
+        """A schedule for all decodes that a batch may have, or for prefills that are read like them."""
         return make_schedule(
             fmt,
             self.num_heads,
             self.num_kv_heads,
             self.max_reqs,
             self.tables.rotation.device,
-            self.decode_len,
+            MAX_QUERY_LEN if short else self.decode_len,
         )
 
     def store(
@@ -208,8 +240,25 @@ class GpuImpl(PolarQuantImpl):
         fmt: PolarFormat,
         output: torch.Tensor,
     ) -> None:
-        plan: PrefillPlan = m.prefill
         rows = slice(m.num_decode_tokens, m.num_actual_tokens)
+        if isinstance(m.prefill, ShortPrefill):
+            requests = slice(m.num_decodes, m.num_decodes + m.num_prefills)
+            decode_attention(
+                query[rows],
+                kv_cache,
+                m.block_table[requests],
+                m.seq_lens[requests],
+                m.prefill.query_start_loc,
+                MAX_QUERY_LEN,
+                fmt,
+                self.tables,
+                self.scale,
+                output[rows],
+                self.buffers.short,
+                m.prefill.schedule,
+            )
+            return
+        plan: PrefillPlan = m.prefill
         starts, longest = plan.query_start_loc, plan.max_query_len
         _, lse = self._flash(
             query[rows], key[rows], value[rows], starts, longest, starts, longest, True, output[rows]
@@ -306,23 +355,27 @@ class GpuImpl(PolarQuantImpl):
             rotate(query, out, self.tables)
             merge_prefix(query, lse, out, lse.clone(), self.tables, rotate_back=True, update_lse=True)
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
-        starts = torch.tensor([0, self.decode_len], dtype=torch.int32, device=device)
-        schedule = self.make_schedule(fmt)
-        plan(starts[1:], starts, schedule)
-        decode_attention(
-            query[: self.decode_len],
-            pages,
-            table,
-            starts[1:],
-            starts,
-            self.decode_len,
-            fmt,
-            self.tables,
-            self.scale,
-            out[: self.decode_len],
-            self.buffers.decode,
-            schedule,
-        )
+        for length, workspace, short in (
+            (self.decode_len, self.buffers.decode, False),
+            (MAX_QUERY_LEN, self.buffers.short, True),
+        ):
+            starts = torch.tensor([0, length], dtype=torch.int32, device=device)
+            schedule = self.make_schedule(fmt, short)
+            plan(starts[1:], starts, schedule)
+            decode_attention(
+                query[:length],
+                pages,
+                table,
+                starts[1:],
+                starts,
+                length,
+                fmt,
+                self.tables,
+                self.scale,
+                out[:length],
+                workspace,
+                schedule,
+            )
         cut = torch.tensor([0, fmt.block_size], dtype=torch.int32, device=device)
         gather_prefix(
             pages,

@@ -43,6 +43,26 @@ class PrefillPlan:
     segments: tuple[Segment, ...]
 
 
+def reads_like_decodes(
+    query_start_loc: np.ndarray, context_lens: np.ndarray, max_query_len: int, max_tokens: int
+) -> bool:
+    """Whether all prefills of a batch are few tokens after cached ones.
+
+    Their prefixes are then better read off the pages, as decodes read them, than unpacked.
+
+    Args:
+        query_start_loc: int [prefills + 1], rows of their chunks in the batch.
+        context_lens: int [prefills], tokens before each chunk.
+        max_query_len: the most tokens of a chunk.
+        max_tokens: the most tokens of all.
+    """
+    return (
+        int(np.diff(query_start_loc).max()) <= max_query_len
+        and int(query_start_loc[-1] - query_start_loc[0]) <= max_tokens
+        and int(context_lens.min()) > 0
+    )
+
+
 def plan_prefix(context_lens: np.ndarray, capacity: int) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """Cut the prefixes, laid end to end, into segments of `capacity` tokens.
 
