@@ -163,7 +163,7 @@ def presets() -> dict[str, Any]:
         found["auto"] = _capacity(llm)
     with _engine("polarquant_k4v4", max_num_batched_tokens=512) as llm:
         found["polarquant_k4v4"] = _capacity(llm) | _ask(llm, 2000, 40)
-    for preset in ("polarquant_k4v8", "polarquant_k2v2"):
+    for preset in ("polarquant_k8v4", "polarquant_k2v2"):
         with _engine(preset, max_num_batched_tokens=512) as llm:
             found[preset] = _capacity(llm) | _ask(llm, 1000, 20)
     return found

@@ -606,8 +606,8 @@ def test_tables_hold_the_codec(dtype):
 
 
 def test_tables_of_formats_without_codes():
-    held = tables(PolarFormat("polarquant_k4v8", 64, 16), torch.bfloat16, torch.device("cpu"))
-    assert held.value_points.shape == (1, 2)
+    held = tables(PolarFormat("polarquant_k8v4", 64, 16), torch.bfloat16, torch.device("cpu"))
+    assert held.key_points.shape == (1, 2)
     lossless = tables(PolarFormat("polarquant_lossless", 64, 16), torch.bfloat16, torch.device("cpu"))
     assert torch.equal(lossless.rotation, torch.eye(64))
 

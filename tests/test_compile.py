@@ -20,7 +20,7 @@ MULTIPROCESSOR = {80: 164 << 10, 89: 100 << 10, 90: 228 << 10, 120: 100 << 10}
 
 CASES = [
     (80, "polarquant_k4v4", 128, 1),
-    (89, "polarquant_k4v8", 64, 1),
+    (89, "polarquant_k8v4", 64, 1),
     (90, "polarquant_k4v4", 128, 1),
     (90, "polarquant_k4v4", 128, 2),
     (90, "polarquant_k4v3", 256, 2),

@@ -96,7 +96,7 @@ def test_k4v4_answers_from_quantised_pages(presets: dict[str, Any]) -> None:
     assert min(cached for cached in answers["cached"] if cached) > 1500
 
 
-@pytest.mark.parametrize(("preset", "least"), [("polarquant_k4v8", 0.95), ("polarquant_k2v2", 0.5)])
+@pytest.mark.parametrize(("preset", "least"), [("polarquant_k8v4", 0.95), ("polarquant_k2v2", 0.5)])
 def test_other_presets_answer(presets: dict[str, Any], preset: str, least: float) -> None:
     assert len(presets[preset]["right"]) == 20
     assert share_right(presets[preset]) >= least
@@ -107,7 +107,7 @@ def logged_capacities(log: str) -> list[int]:
     return [int(n.replace(",", "")) for n in re.findall(r"KV cache size: ([\d,]+) tokens", log)]
 
 
-@pytest.mark.parametrize("preset", ["polarquant_k4v4", "polarquant_k4v8", "polarquant_k2v2"])
+@pytest.mark.parametrize("preset", ["polarquant_k4v4", "polarquant_k8v4", "polarquant_k2v2"])
 def test_vllm_counts_as_many_tokens_as_the_pages_hold(presets: dict[str, Any], preset: str) -> None:
     block = presets[preset]["block_size"]
     page = PolarFormat(preset, 128, block).page_bytes

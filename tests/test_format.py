@@ -22,7 +22,7 @@ from vllm_polarquant.format import (
 # d/2 at 4 and d at 8; the two radii take 4.
 SLOT_BYTES = {
     #                   64   80   96  112  128  192  256
-    "polarquant_k4v8": (100, 124, 148, 172, 196, 292, 388),
+    "polarquant_k8v4": (100, 124, 148, 172, 196, 292, 388),
     "polarquant_k4v4": (68, 84, 100, 116, 132, 196, 260),
     "polarquant_k4v3": (60, 74, 88, 102, 116, 172, 228),
     "polarquant_k3.5v3.5": (60, 74, 88, 102, 116, 172, 228),

@@ -226,7 +226,7 @@ def test_store_of_nothing(device):
     assert (cache == 0xFF).all()
 
 
-@pytest.mark.parametrize("preset", ["polarquant_k4v8", "polarquant_k2v2"])
+@pytest.mark.parametrize("preset", ["polarquant_k8v4", "polarquant_k2v2"])
 def test_store_of_extreme_vectors(preset, device):
     fmt = PolarFormat(preset, 64, 16)
     x = torch.randn(8, 1, 64, device=device)
@@ -380,7 +380,7 @@ def test_decode_of_more_rows_than_a_program_takes(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-5, 1e5])
 def test_decode_of_tiny_and_huge_values(size, dtype, device):
-    fmt = PolarFormat("polarquant_k4v8", 64, 16)
+    fmt = PolarFormat("polarquant_k8v4", 64, 16)
     batch = make_batch(fmt, [70], [1], dtype, device, heads=1)
     # Their radii lie outside what a plain float16 holds, as some of the tiny ones' values do.
     radius = reference.page_views(batch.cache, fmt).value_radius

@@ -99,8 +99,8 @@ def format_rows(head_dim: int) -> list[dict[str, Any]]:
     formats = {preset: PolarFormat(preset, head_dim, BLOCK_SIZE_MULTIPLE) for preset in PRESETS}
     vectors = {v for fmt in formats.values() for v in (fmt.key, fmt.value)}
     distortion = {v: measure_distortion(v, head_dim) for v in vectors}
-    # fp8 here is e4m3 with a scale a vector, as k4v8 stores values; vLLM's fp8 has one a tensor.
-    fp8 = distortion[PRESETS["polarquant_k4v8"][1]]
+    # fp8 here is e4m3 with a scale a vector, as k8v4 stores keys; vLLM's fp8 has one a tensor.
+    fp8 = distortion[PRESETS["polarquant_k8v4"][0]]
 
     def row(name: str, size: int, key: float, value: float) -> dict[str, Any]:
         return {

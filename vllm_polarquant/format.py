@@ -108,7 +108,7 @@ _RAW = VectorFormat("raw", 16)
 # Keys keep their norm: a gain error moves every logit of a token. Values are averaged over many tokens,
 # so at 2 bits, where a norm-preserving radius would shrink the average, they are unbiased.
 PRESETS: dict[str, tuple[VectorFormat, VectorFormat]] = {
-    "polarquant_k4v8": (_polar(4), _FP8),
+    "polarquant_k8v4": (_FP8, _polar(4)),
     "polarquant_k4v4": (_polar(4), _polar(4)),
     "polarquant_k4v3": (_polar(4), _polar(3)),
     "polarquant_k3.5v3.5": (_polar(3.5), _polar(3.5)),
