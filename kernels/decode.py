@@ -27,17 +27,19 @@ from vllm_polarquant.kernels.lanes import (
     follow_maximum,
     for_maximum,
     hadamard,
+    load_half,
     load_words,
     mma,
     of_all_warps,
     open_shared,
     pack_halves,
-    quad_sum,
+    place_half,
     recomputed,
     reserve_dynamic,
-    shuffle_from,
     shuffle_int,
+    sum_over_groups,
     sum_over_warps,
+    transpose_halves,
     unpack_halves,
 )
 from vllm_polarquant.kernels.page import (
@@ -242,6 +244,8 @@ def _fetch(
     slot,
     group,
     place,
+    key_token,
+    value_token,
     HEAD_DIM: tl.constexpr,
     KEY_CODE: tl.constexpr,
     KEY_BYTES: tl.constexpr,
@@ -253,29 +257,42 @@ def _fetch(
 ):
     """A lane's part of the 16 tokens from `slot` of a page on, as words.
 
-    For either half of eight tokens: quarter t of key g, then eighth g of values 2t and 2t + 1. Last the
-    radii of keys 2t and 2t + 1 of both halves, and those of the same values.
+    For either half of eight tokens: quarter t of a key, then eighth g of two values (`_own_tokens`). Last
+    the radii of the keys of both halves, and of the values of the same tokens.
     """
-    keys = page + (slot + group) * KEY_BYTES
-    values = page + VALUE_OFFSET + (slot + 2 * place) * VALUE_BYTES
-    radius = page + (slot + 2 * place) * 2
+    key = (slot + key_token) * KEY_BYTES
+    first = VALUE_OFFSET + (slot + value_token) * VALUE_BYTES
+    second = VALUE_OFFSET + (slot + (value_token ^ 1)) * VALUE_BYTES
     fetched = ()
     for half in tl.static_range(2):
-        even = values + 8 * half * VALUE_BYTES
-        odd = even + VALUE_BYTES
+        keys = page + 8 * half * KEY_BYTES
+        values = page + 8 * half * VALUE_BYTES
         fetched = fetched + (
-            load_part(keys + 8 * half * KEY_BYTES, place, HEAD_DIM // 8, KEY_CODE, KEY_BYTES),
-            load_part(even, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
-            load_part(odd, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
+            load_part(keys, key, place, HEAD_DIM // 8, KEY_CODE, KEY_BYTES),
+            load_part(values, first, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
+            load_part(values, second, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
         )
+    radius = page + (slot + key_token) * 2
     key_radius = radius + KEY_RADIUS_OFFSET
     value_radius = radius + VALUE_RADIUS_OFFSET
     return fetched + (
-        load_words(key_radius, 1, 4)
-        + load_words(key_radius + 16, 1, 4)
-        + load_words(value_radius, 1, 4)
-        + load_words(value_radius + 16, 1, 4),
+        (
+            load_half(key_radius),
+            load_half(key_radius + 16),
+            load_half(value_radius),
+            load_half(value_radius + 16),
+        ),
     )
+
+
+@triton.jit
+def _own_tokens(group, place):
+    """Which of eight tokens' keys and radii a lane reads, and the first of the two whose values it reads.
+
+    Row g of scores is token g, but for 2 and 3, and 6 and 7, which change places: so no more than two of the
+    lanes that load values of 64 bytes together meet in a bank, where otherwise four would.
+    """
+    return group ^ ((group >> 1) & 1), (2 * place) ^ (place & 1)
 
 
 @triton.jit
@@ -284,7 +301,8 @@ def _attend(
     query,
     state,
     limits,
-    token,
+    key_token,
+    value_token,
     scale_log2,
     key_lut,
     value_lut,
@@ -301,70 +319,76 @@ def _attend(
 ):
     """Let a warp's queries see 16 more tokens.
 
-    query: `SETS` sets of four queries as the left operands of `mma`, each query in two rows.
-    state: for each set the largest logit so far, the sum of weights that this lane has seen, and the
-    outputs of query t, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
-    limits: for each set the tokens that the query of row g may see, then those that are stored.
+    query: the right operands of `mma`, two words a step; column 2t is query t, column 2t + 1 that of the
+    second set of four, if there is one.
+    state: for each set the largest logit so far of query t, the sum of its weights that this lane has seen,
+    and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
+    limits: for each set the tokens that query t may see, then those that are stored.
+    key_token, value_token: of `_own_tokens`, counted from the request's first token.
     """
     KEY_PAIRS: tl.constexpr = HEAD_DIM // 8
     TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     peaks, totals, outs = state
     radius = radii(fetched[6])
     zero = tl.zeros(lane.shape, tl.float32)
-    products = ()
-    for half in tl.static_range(2):
-        # Two sums: a product waits for the one before it.
-        even = (zero, zero, zero, zero)
-        odd = even
-        keys = link(fetched[3 * half], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
-        for step in tl.static_range(HEAD_DIM // 16):
-            first = unit(keys, 2 * step, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
-            second = unit(keys, 2 * step + 1, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE)
-            if step % 2 == 0:
-                even = mma(even, query[4 * step : 4 * step + 4], (first, second), DTYPE)
-            else:
-                odd = mma(odd, query[4 * step : 4 * step + 4], (first, second), DTYPE)
-        products = products + ((even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]),)
+    # Two sums: a product waits for the one before it.
+    even = (zero, zero, zero, zero)
+    odd = even
+    upper = link(fetched[0], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
+    lower = link(fetched[3], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
+    for step in tl.static_range(HEAD_DIM // 16):
+        left = ()
+        for i in tl.static_range(2):
+            left = left + (
+                unit(upper, 2 * step + i, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE),
+                unit(lower, 2 * step + i, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE),
+            )
+        if step % 2 == 0:
+            even = mma(even, left, query[2 * step : 2 * step + 2], DTYPE)
+        else:
+            odd = mma(odd, left, query[2 * step : 2 * step + 2], DTYPE)
 
-    own_half = tl.where((lane & 4) == 0, 0xFFFF, 0xFFFF0000).to(tl.uint32)
     new_peaks = ()
     new_totals = ()
     new_outs = ()
     weights = ()
     for k in tl.static_range(SETS):
         scores = ()
-        for i in tl.static_range(4):
-            score = products[i // 2][2 * k + i % 2] * (radius[i] * scale_log2)
+        for half in tl.static_range(2):
+            score = (even[2 * half + k] + odd[2 * half + k]) * (radius[half] * scale_log2)
             if MASKED:
-                score = tl.where(token + (8 * (i // 2) + i % 2) < limits[k], score, float("-inf"))
+                score = tl.where(key_token + 8 * half < limits[k], score, float("-inf"))
             scores = scores + (score,)
         if tl.float16 == DTYPE:
             # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten slots
             # may hold any radius, so their heights are -inf or NaN.
             heights = ()
-            for i in tl.static_range(4):
-                height = scores[i] + tl.maximum(tl.log2(radius[4 + i]), -60.0)
+            for half in tl.static_range(2):
+                height = scores[half] + tl.maximum(tl.log2(radius[2 + half]), -60.0)
                 heights = heights + (for_maximum(height),)
         else:
             heights = scores
-        top = tl.maximum(tl.maximum(heights[0], heights[1]), tl.maximum(heights[2], heights[3]))
+        top = tl.maximum(heights[0], heights[1])
         scaled, total, peak = follow_maximum(
-            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, lane, _MARGIN
+            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, _MARGIN
         )
         shift = peak
         if MASKED:
             # A row that has seen nothing yet would subtract infinities.
             shift = tl.where(peak == float("-inf"), 0.0, peak)
-        for i in tl.static_range(4):
-            weight = tl.exp2(scores[i] - shift)
+        for half in tl.static_range(2):
+            weight = tl.exp2(scores[half] - shift)
             total += weight
-            value_radius = radius[4 + i]
+            value_radius = radius[2 + half]
             if MASKED:
-                stored = token + (8 * (i // 2) + i % 2) < limits[SETS]
-                value_radius = tl.where(stored, value_radius, 0.0)
+                value_radius = tl.where(key_token + 8 * half < limits[SETS], value_radius, 0.0)
             scaled_weight = weight * value_radius
-            # Even rows weigh the xs of a pair, odd rows the ys.
-            weights = weights + (pack_halves(scaled_weight, scaled_weight, DTYPE) & own_half,)
+            # From the lanes of a token to those of a query. Even columns weigh the xs of pairs, odd ones the ys.
+            both = transpose_halves(pack_halves(scaled_weight, scaled_weight, DTYPE))
+            weights = weights + (
+                place_half(both, 0, (lane & 4) != 0),
+                place_half(both, 1, (lane & 4) != 0),
+            )
         new_peaks = new_peaks + (peak,)
         new_totals = new_totals + (total,)
         new_outs = new_outs + scaled
@@ -374,16 +398,16 @@ def _attend(
         outs = new_outs
         new_outs = ()
         a = ()
-        evens = link(fetched[3 * half + 1], PAIRS, VALUE_CODE, lane < 4, 4)
-        odds = link(fetched[3 * half + 2], PAIRS, VALUE_CODE, lane < 4, 4)
+        firsts = link(fetched[3 * half + 1], PAIRS, VALUE_CODE, lane < 4, 4)
+        seconds = link(fetched[3 * half + 2], PAIRS, VALUE_CODE, lane < 4, 4)
         for i in tl.static_range(2 * TILES):
-            even = unit(evens, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
-            odd = unit(odds, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
+            first = unit(firsts, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
+            second = unit(seconds, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
             if MASKED and VALUE_CODE == RAW:
                 # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
-                even = tl.where(token + 8 * half < limits[SETS], even, 0)
-                odd = tl.where(token + (8 * half + 1) < limits[SETS], odd, 0)
-            a = a + ((even, odd),)
+                first = tl.where(value_token + 8 * half < limits[SETS], first, 0)
+                second = tl.where((value_token ^ 1) + 8 * half < limits[SETS], second, 0)
+            a = a + ((first, second),)
         for k in tl.static_range(SETS):
             b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
             for i in tl.static_range(TILES):
@@ -521,25 +545,19 @@ def _read(
     group = lane // 4
     place = lane % 4
     zero = tl.zeros([WARPS * 32], tl.float32)
-    none = tl.zeros([WARPS * 32], tl.uint32)
-    sets = ()
+    column = group // 2
+    if SETS == 2:
+        column += 4 * (group % 2)
+    own = first_row + column
+    own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
+    source = query + own_token * query_stride_token + own_head * query_stride_head
+    operands = _load_queries(source, rotation, own < count * GROUP, place, lane, ROTATE, HEAD_DIM, DTYPE)
     limits = ()
     for k in tl.static_range(SETS):
-        own = first_row + 4 * k + group // 2
-        own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
-        source = query + own_token * query_stride_token + own_head * query_stride_head
-        sets = sets + (
-            _load_queries(source, rotation, own < count * GROUP, place, lane, ROTATE, HEAD_DIM, DTYPE),
-        )
-        limits = limits + (tl.minimum(seq_len - count + own // GROUP + 1, seq_len),)
+        row = first_row + 4 * k + place
+        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
-    operands = ()
-    for step in tl.static_range(HEAD_DIM // 16):
-        low, high = sets[0][2 * step], sets[0][2 * step + 1]
-        if SETS == 2:
-            operands = operands + (low, sets[1][2 * step], high, sets[1][2 * step + 1])
-        else:
-            operands = operands + (low, none, high, none)
+    key_token, value_token = _own_tokens(group, place)
 
     head_offset = kv_head.to(tl.int64) * PAGE_BYTES
     peaks = ()
@@ -562,8 +580,8 @@ def _read(
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, BLOCK_SIZE)
     page = cache + block.to(tl.int64) * block_stride + head_offset
     fetched = _fetch(
-        page, here % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET,
-        VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+        page, here % BLOCK_SIZE, group, place, key_token, value_token, HEAD_DIM, KEY_CODE, KEY_BYTES,
+        KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
     )  # fmt: skip
     tl.debug_barrier()
 
@@ -579,15 +597,16 @@ def _read(
                 page = cache + block.to(tl.int64) * block_stride + head_offset
                 there = tl.minimum(chunk + WARPS, last) * 16
                 coming = _fetch(
-                    page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
-                    KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+                    page, there % BLOCK_SIZE, group, place, key_token, value_token, HEAD_DIM, KEY_CODE,
+                    KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
                 )  # fmt: skip
                 seen = ()
                 for k in tl.static_range(SETS + 1):
                     seen = seen + (tl.where(chunk < end, limits[k], 0),)
                 state = _attend(
-                    fetched, operands, state, seen, chunk * 16 + 2 * place, scale_log2, key_lut, value_lut,
-                    lane, SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
+                    fetched, operands, state, seen, chunk * 16 + key_token, chunk * 16 + value_token,
+                    scale_log2, key_lut, value_lut, lane,
+                    SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state
@@ -639,7 +658,7 @@ def _write(
     peaks, totals, outs = state
     for k in tl.static_range(SETS):
         # The warps have seen different tokens: one log-sum-exp over them, as over the parts in _merge.
-        total = quad_sum(totals[k])
+        total = sum_over_groups(totals[k])
         warp_peaks = of_all_warps(peaks[k], thread, EXCHANGE_FIRST)
         warp_totals = of_all_warps(total, thread, EXCHANGE_FIRST)
         peak = warp_peaks[0]
@@ -652,7 +671,6 @@ def _write(
         some = total > 0
         lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         share = tl.where(some, tl.exp2(peaks[k] - shift) / tl.where(some, total, 1.0), 0.0)
-        share = shuffle_from(share, place * 8)
         xs = ()
         ys = ()
         for i in tl.static_range(TILES):
@@ -687,8 +705,7 @@ def _write(
             else:
                 tl.store(partial_out + part * HEAD_DIM + own_dim, sums[i], mask=own_kept)
         if not whole:
-            part = own_part + 4 * k + group // 2
-            tl.store(partial_lse + part, lse, mask=(thread % 8 == 0) & (warp == 0))
+            tl.store(partial_lse + part, lse, mask=thread < 4)
 
 
 @triton.jit

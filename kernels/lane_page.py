@@ -35,22 +35,24 @@ def _gcd(*numbers):
 
 
 @triton.jit
-def _load_bits(rows, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
+def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
     """The bits part * BITS .. + BITS - 1 of each thread's row, as words with the first bit lowest.
 
-    Rows lie ROW_BYTES apart, from a multiple of 16 on.
+    page: a multiple of 4. row: int32, where each thread's row starts, in bytes from there on. Rows lie
+    ROW_BYTES apart, from a multiple of 16 on.
     """
     COUNT: tl.constexpr = (BITS + 31) // 32
     GRAIN: tl.constexpr = _gcd(BITS, 8 * ROW_BYTES, 32)
     if GRAIN == 32:
-        return load_words(rows + part * (BITS // 8), COUNT, _gcd(BITS // 8, ROW_BYTES, 16))
+        # One sum in 32 bits, so that the address is one addition.
+        return load_words(page + (row + part * (BITS // 8)), COUNT, _gcd(BITS // 8, ROW_BYTES, 16))
     else:
         bit = part * BITS
         if ROW_BYTES % 4 != 0:
-            odd = rows.to(tl.int64) & 3
-            rows -= odd
-            bit += (odd * 8).to(tl.int32)
-        raw = load_words(rows + bit // 32 * 4, (BITS + 63 - GRAIN) // 32, 4)
+            odd = row & 3
+            row -= odd
+            bit += odd * 8
+        raw = load_words(page + (row + bit // 32 * 4), (BITS + 63 - GRAIN) // 32, 4)
         shift = (bit % 32).to(tl.uint32)
         words = ()
         for i in tl.static_range(COUNT):
@@ -59,17 +61,20 @@ def _load_bits(rows, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
-def load_part(rows, part, PAIRS: tl.constexpr, CODE: tl.constexpr, ROW_BYTES: tl.constexpr):
+def load_part(page, row, part, PAIRS: tl.constexpr, CODE: tl.constexpr, ROW_BYTES: tl.constexpr):
     """Codes of the pairs part * PAIRS .. + PAIRS - 1 of each thread's vector, as `unit` takes them.
 
-    rows: pointers to the vectors' codes. part: int32, not the same for all threads.
+    page: a pointer. row: int32, how many bytes further on each thread's vector starts. part: int32, not the
+    same for all threads.
     """
     BITS: tl.constexpr = _part_bits(CODE, PAIRS)
     if CODE == FP8 or CODE == RAW:
-        second = rows + ROW_BYTES // 2
-        return _load_bits(rows, part, BITS, ROW_BYTES // 2) + _load_bits(second, part, BITS, ROW_BYTES // 2)
+        second = row + ROW_BYTES // 2
+        return _load_bits(page, row, part, BITS, ROW_BYTES // 2) + _load_bits(
+            page, second, part, BITS, ROW_BYTES // 2
+        )
     else:
-        return _load_bits(rows, part, BITS, ROW_BYTES)
+        return _load_bits(page, row, part, BITS, ROW_BYTES)
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def _field(words, FIRST: tl.constexpr, WIDTH: tl.constexpr, PLACE: tl.constexpr)
     SHIFT: tl.constexpr = FIRST % 32 - PLACE
     word = words[FIRST // 32]
     if FIRST % 32 + WIDTH > 32:
-        word = (word >> SHIFT) | (words[FIRST // 32 + 1] << (32 - SHIFT))
+        word = funnel(word, words[FIRST // 32 + 1], tl.full(word.shape, SHIFT, tl.uint32))
     elif SHIFT >= 0:
         word = word >> SHIFT
     else:
@@ -144,34 +149,25 @@ def unit(
 
 
 @triton.jit
-def radii(words):
-    """Radii float32 of four words of two stored radii each, low half first, as eight tensors."""
+def radii(stored):
+    """Radii float32 of four stored ones, uint16, as four tensors."""
+    halves = ()
+    for i in tl.static_range(4):
+        halves = halves + (stored[i].to(tl.float16, bitcast=True),)
+    decoded = ()
     if _INTERPRET:
-        decoded = ()
         for i in tl.static_range(4):
-            low, high = unpack_halves(words[i], tl.float16)
-            decoded = decoded + (decode_radius(low), decode_radius(high))
+            decoded = decoded + (decode_radius(halves[i]),)
         return decoded
     else:
-        stored = ()
         for i in tl.static_range(4):
-            stored = stored + unpack_halves(words[i], tl.float16)
-        # Radii of real keys and values are plain; the others are worth a branch, not eight powers.
+            decoded = decoded + (halves[i].to(tl.float32),)
+        # Radii of real keys and values are plain; the others are worth a branch, not four powers.
         return tl.inline_asm_elementwise(
             _radii_asm(),
-            "=f,=f,=f,=f,=f,=f,=f,=f,0,1,2,3,4,5,6,7,r",
-            [
-                stored[0],
-                stored[1],
-                stored[2],
-                stored[3],
-                stored[4],
-                stored[5],
-                stored[6],
-                stored[7],
-                words[0] | words[1] | words[2] | words[3],
-            ],
-            dtype=dtypes(tl.float32, 8),
+            "=f,=f,=f,=f,0,1,2,3,r",
+            decoded + ((stored[0] | stored[1] | stored[2] | stored[3]).to(tl.uint32),),
+            dtype=dtypes(tl.float32, 4),
             is_pure=True,
             pack=1,
         )
@@ -179,10 +175,10 @@ def radii(words):
 
 @triton.constexpr_function
 def _radii_asm():
-    """Replace each negative one of $0 to $7 by minus its ninth power, at most float32's largest."""
+    """Replace each negative one of $0 to $3 by minus its ninth power, at most float32's largest."""
     lines = ["{.reg .pred plain, negative;\n.reg .b32 signs;\n.reg .f32 square, power;"]
-    lines.append("and.b32 signs, $16, 0x80008000;\nsetp.eq.b32 plain, signs, 0;\n@plain bra DONE;")
-    for i in range(8):
+    lines.append("and.b32 signs, $8, 0x8000;\nsetp.eq.b32 plain, signs, 0;\n@plain bra DONE;")
+    for i in range(4):
         lines.append(
             f"setp.lt.f32 negative, ${i}, 0f00000000;\nmul.f32 square, ${i}, ${i};\n"
             f"mul.f32 power, square, square;\nmul.f32 power, power, power;\n"

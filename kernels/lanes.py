@@ -99,6 +99,18 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def load_half(pointers):
+    """The 16 bits at each thread's pointer, uint16; for memory nobody writes."""
+    if _INTERPRET:
+        return tl.load(pointers.to(tl.pointer_type(tl.uint16)))
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::evict_last.b16 $0, [$1];", "=h,l", [pointers.to(tl.int64)],
+            dtype=tl.uint16, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def shuffle_xor(x, MASK: tl.constexpr):
     """x, float32, of the lane whose number differs in the bits of MASK."""
     if _INTERPRET:
@@ -157,50 +169,51 @@ def for_maximum(x):
 
 
 @triton.jit
-def quad_max(x):
-    """The maximum over the four lanes of each quad."""
-    x = tl.maximum(x, shuffle_xor(x, 1))
-    return tl.maximum(x, shuffle_xor(x, 2))
+def max_over_groups(x):
+    """The maximum over the eight lanes of each place."""
+    x = tl.maximum(x, shuffle_xor(x, 4))
+    x = tl.maximum(x, shuffle_xor(x, 8))
+    return tl.maximum(x, shuffle_xor(x, 16))
 
 
 @triton.jit
-def quad_sum(x):
-    """The sum over the four lanes of each quad."""
-    x += shuffle_xor(x, 1)
-    return x + shuffle_xor(x, 2)
+def sum_over_groups(x):
+    """The sum over the eight lanes of each place."""
+    x += shuffle_xor(x, 4)
+    x += shuffle_xor(x, 8)
+    return x + shuffle_xor(x, 16)
 
 
 @triton.jit
-def follow_maximum(outs, total, peak, top, lane, MARGIN: tl.constexpr):
-    """Let rows' running maxima follow those of what they see, and rescale what they have summed up.
+def follow_maximum(outs, total, peak, top, MARGIN: tl.constexpr):
+    """Let running maxima of the queries of places follow what they see, and rescale what they have summed up.
 
-    outs: tuples of four float32, the outputs of query t. total, peak: float32, the sum of weights that this
-    lane has seen and the maximum, in powers of two, that they are relative to. top: the largest logit that it
-    has now seen of row g. Returns the three. Nothing changes while no logit of the warp is
-    2**MARGIN times above its row's maximum; so weights may be that large (FlashAttention 4 does so).
+    outs: tuples of four float32, outputs of the lane's query. total, peak: float32, the sum of weights that
+    this lane has seen and the maximum, in powers of two, that they are relative to, the same for the query's
+    eight lanes. top: the largest logit that this lane has now seen. Returns the three. Nothing changes while no
+    logit of the warp is 2**MARGIN times above its query's maximum; so weights may be that large
+    (FlashAttention 4 does so).
     """
     COUNT: tl.constexpr = 4 * len(outs)
     if _INTERPRET:
         WARPS: tl.constexpr = top.shape[0] // 32
         over = tl.reshape((top > peak + MARGIN).to(tl.int32), [WARPS, 32])
         over = tl.reshape(tl.broadcast_to(tl.max(over, axis=1)[:, None], [WARPS, 32]), top.shape) > 0
-        new_peak = tl.where(over, tl.maximum(peak, quad_max(top)), peak)
+        new_peak = tl.where(over, tl.maximum(peak, max_over_groups(top)), peak)
         decay = tl.where(new_peak == peak, 1.0, tl.exp2(peak - new_peak))
-        total *= decay
-        decay = shuffle_from(decay, lane % 4 * 8)
         scaled = ()
         for i in tl.static_range(COUNT // 4):
             out = outs[i]
             scaled = scaled + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
-        return scaled, total, new_peak
+        return scaled, total * decay, new_peak
     else:
         flat = ()
         for i in tl.static_range(COUNT // 4):
             flat = flat + outs[i]
         done = tl.inline_asm_elementwise(
             _follow_asm(COUNT, MARGIN),
-            _outputs("f", COUNT + 2) + _tied(COUNT + 2) + ",f,r",
-            flat + (total, peak, top, lane % 4 * 8),
+            _outputs("f", COUNT + 2) + _tied(COUNT + 2) + ",f",
+            flat + (total, peak, top),
             dtype=dtypes(tl.float32, COUNT + 2),
             is_pure=True,
             pack=1,
@@ -218,20 +231,23 @@ def _tied(count):
 
 @triton.constexpr_function
 def _follow_asm(count, margin):
-    total, peak, top, place = (f"${i}" for i in (count, count + 1, 2 * count + 4, 2 * count + 5))
+    total, peak, top = (f"${i}" for i in (count, count + 1, 2 * count + 4))
     lines = [
         "{.reg .pred over, some, same;\n.reg .f32 limit, high, other, decay;",
         f"add.f32 limit, {peak}, {float(margin)};",
         f"setp.gt.f32 over, {top}, limit;\nvote.sync.any.pred some, over, 0xffffffff;\n@!some bra DONE;",
         f"max.f32 high, {peak}, {top};",
-        "shfl.sync.bfly.b32 other, high, 1, 0x1f, 0xffffffff;\nmax.f32 high, high, other;",
-        "shfl.sync.bfly.b32 other, high, 2, 0x1f, 0xffffffff;\nmax.f32 high, high, other;",
-        # A row that has seen nothing yet would subtract infinities.
-        f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;\nex2.approx.ftz.f32 decay, decay;",
-        f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;\nmul.f32 {total}, {total}, decay;",
-        f"shfl.sync.idx.b32 decay, decay, {place}, 0x1f, 0xffffffff;",
     ]
-    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in range(count)]
+    for mask in (4, 8, 16):
+        lines.append(
+            f"shfl.sync.bfly.b32 other, high, {mask}, 0x1f, 0xffffffff;\nmax.f32 high, high, other;"
+        )
+    lines += [
+        # A query that has seen nothing yet would subtract infinities.
+        f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;\nex2.approx.ftz.f32 decay, decay;",
+        f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;",
+    ]
+    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in (*range(count), count)]
     return "\n".join([*lines, "DONE:\n}"])
 
 
@@ -305,6 +321,35 @@ def pack_halves(low, high, DTYPE: tl.constexpr):
             is_pure=True,
             pack=1,
         )
+
+
+@triton.jit
+def transpose_halves(word):
+    """The transpose of each warp's 8 x 8 matrix of 16-bit elements; a lane has columns 2t, 2t + 1 of row g."""
+    if _INTERPRET:
+        WARPS: tl.constexpr = word.shape[0] // 32
+        matrix = tl.reshape(tl.join(word & 0xFFFF, word >> 16), [WARPS, 8, 8])
+        low, high = tl.split(tl.reshape(tl.permute(matrix, (0, 2, 1)), [WARPS * 32, 2]))
+        return low | (high << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [word],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def place_half(word, HALF: tl.constexpr, upper):
+    """Half HALF, 0 or 1, of a word, uint32, as its upper or lower half; the other is 0."""
+    if _INTERPRET:
+        half = (word >> (16 * HALF)) & 0xFFFF
+        return tl.where(upper, half << 16, half)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r",
+            [word, tl.where(upper, 0x3244 if HALF else 0x1044, 0x4432 if HALF else 0x4410)],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
