@@ -28,7 +28,7 @@ from rich.console import Console
 
 from vllm_polarquant.eval import report
 from vllm_polarquant.eval.report import Panel, Report, Section
-from vllm_polarquant.format import DEFAULT_PRESET
+from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
 MODEL = Path(__file__).parent / "models" / "llama-3.1-8b"
 TITLE = "The engine"
@@ -419,14 +419,17 @@ def _full(runs: dict[str, Any], base: dict[str, Any], name: str) -> Section:
 
 
 def kept(old: Report, new: Report) -> Report:
-    """`new`, still without runs, behind the runs of an earlier report.
+    """`new`, still without runs, behind the runs of an earlier report; not ours, if of another version.
 
     Raises:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
+    ours = "vllm-polarquant"
 
     def conditions(found: Report) -> dict[str, Any]:
-        machine = {k: v for k, v in found["environment"].items() if k != "date" and "clock" not in k}
+        machine = {
+            k: v for k, v in found["environment"].items() if k not in ("date", ours) and "clock" not in k
+        }
         # As JSON gives it back.
         plan = json.loads(json.dumps(found["plan"]))
         # The shipped model lies elsewhere in a wheel and in a checkout.
@@ -437,7 +440,16 @@ def kept(old: Report, new: Report) -> Report:
     if other := [name for name in before | now if before.get(name) != now.get(name)]:
         what = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in other)
         raise typer.BadParameter(f"--keep: the earlier report was made with another {what}")
-    return {**old, "command": f"{old['command']} && {new['command']}"}
+    runs = old["runs"]
+    if old["environment"].get(ours) != new["environment"].get(ours):
+        runs = {name: run for name, run in runs.items() if name not in PRESETS}
+    version = {k: v for k, v in new["environment"].items() if k == ours}
+    return {
+        **old,
+        "environment": old["environment"] | version,
+        "runs": runs,
+        "command": f"{old['command']} && {new['command']}",
+    }
 
 
 def main(

@@ -417,6 +417,15 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
     }
     both = bench_engine.kept(old, new)
     assert both == old | {"command": "first && second"}
+    versions = [{"vllm-polarquant": version} for version in ("0.1", "0.2")]
+    ran = old | {"runs": {K4V4: {"error": "slow"}, "auto": {"boot_s": 1.0}}}
+    ran, again = (
+        {**x, "environment": x["environment"] | v} for x, v in zip((ran, new), versions, strict=True)
+    )
+    both = bench_engine.kept(ran, again)
+    assert both["runs"] == {"auto": {"boot_s": 1.0}}
+    assert both["environment"]["vllm-polarquant"] == "0.2"
+    assert bench_engine.kept(ran, again | {"environment": ran["environment"]})["runs"] == ran["runs"]
     for change, words in (
         ({"environment": new["environment"] | {"device": "H100"}}, "device: H200, now H100"),
         (
