@@ -225,6 +225,25 @@ def speculation() -> dict[str, Any]:
     return found
 
 
+def graphs() -> dict[str, Any]:
+    """Greedy tokens of requests of several lengths, decoded eagerly and by captured CUDA graphs."""
+    prompts = [text[: 300 + 350 * i] for i, text in enumerate(text_prompts(5, 2500))]
+    prompts += [prompt for prompt, _ in questions(1000, 3)]
+    ways: dict[str, dict[str, Any]] = {
+        "eager": {},
+        # Without torch.compile, so that both run the same operations.
+        "captured": {
+            "enforce_eager": False,
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        },
+    }
+    found: dict[str, Any] = {}
+    for name, options in ways.items():
+        with _engine("polarquant_k4v4", **EXACT, **options, gpu_memory_utilization=0.1) as llm:
+            found[name] = _completions(_generate(llm, prompts, max_tokens=96, ignore_eos=True))
+    return found
+
+
 def other_dtypes() -> dict[str, Any]:
     """Tokens of vLLM's own dtypes, and vLLM's words about dtypes that nobody has."""
     prompts = text_prompts(2, 1500) + [prompt for prompt, _ in questions(1000, 2)]
@@ -281,6 +300,7 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
         skipped_layers,
         hard_keys,
         speculation,
+        graphs,
         other_dtypes,
         tensor_parallel,
         boots,

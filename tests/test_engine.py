@@ -8,6 +8,7 @@ from typing import Any
 
 import engine_runs
 import pytest
+import torch
 from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
 
 from vllm_polarquant.format import PolarFormat
@@ -157,6 +158,15 @@ def test_speculation_changes_no_greedy_token(speculation: dict[str, Any], method
     assert found["accepted"] > 60
     assert found["drafted"] > found["accepted"]
     assert_same_greedy_tokens(found["completions"], speculation["none"]["completions"], ties=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_captured_graphs_give_the_greedy_tokens_of_eager_decoding() -> None:
+    found = run("graphs")
+    assert "Graph capturing finished" in found["log"]
+    assert len(found["captured"]) == 8
+    assert_same_greedy_tokens(found["captured"], found["eager"], ties=1)
 
 
 def test_other_dtypes_do_not_notice_the_plugin() -> None:
