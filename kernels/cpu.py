@@ -25,12 +25,16 @@ from vllm_polarquant.format import (
     CELL_GRID,
     CELLS_PER_UNIT,
     FAR_CELL,
+    KEY_PARTS,
     MIN_FIT_GAIN,
     RADIUS_MAX,
     RADIUS_MIN,
     RADIUS_POWER,
+    RADIUS_STRIDE,
+    VALUE_PARTS,
     PolarFormat,
     VectorFormat,
+    code_places,
     dense_block_stride,
 )
 
@@ -54,6 +58,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
 POLAR, FP8, RAW = 0, 1, 2
 _KINDS = {"polar": POLAR, "fp8": FP8, "raw": RAW}
 _GAINS = {"norm": 0, "unbiased": 1, "fit": 2}
+_CHUNK = 16
 _TILE = 64
 _PREFIX_TOKENS = 4096
 _NO_MASS = np.float32(-1e30)
@@ -82,7 +87,12 @@ def _use_torch_threads() -> int:
 
 
 class _Vector(NamedTuple):
-    """What the loops need of one vector format; see `_vector`."""
+    """What the loops need of one vector format; see `_vector`.
+
+    unit: bytes that lie side by side, and aligned, in a chunk of 16 tokens as in a row of codes: 1 to 8, or
+        code_bytes where a chunk is nothing but rows.
+    places: where the units of each row lie, in units: uint32 [16 * code_bytes / unit].
+    """
 
     kind: int
     pair_bits: int
@@ -92,10 +102,23 @@ class _Vector(NamedTuple):
     points: np.ndarray
     lut: np.ndarray
     cells: np.ndarray
+    unit: int
+    places: np.ndarray
+
+
+def _units(code_bytes: int, parts: int, runs: int) -> tuple[int, np.ndarray]:
+    """_Vector's unit and places."""
+    places = np.array(code_places(code_bytes, parts, runs), np.uint32).ravel()
+    moved = places - np.arange(len(places))
+    jumps = np.flatnonzero(np.diff(moved)) + 1
+    unit = int(np.gcd.reduce([8, code_bytes, *jumps, *moved])) if len(jumps) else code_bytes
+    return unit, places[::unit] // np.uint32(unit)
 
 
 @cache
-def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: torch.Tensor) -> _Vector:
+def _vector(
+    vector: VectorFormat, head_dim: int, parts: int, points: torch.Tensor, cells: torch.Tensor
+) -> _Vector:
     state_bits = 0
     lut = np.zeros(1, np.uint32)
     if vector.kind == "polar":
@@ -105,15 +128,25 @@ def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: to
     elif vector.kind == "fp8":
         byte = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
         lut = byte.float().nan_to_num(0).numpy().view(np.uint32)
+    code_bytes = vector.code_bytes(head_dim)
     return _Vector(
         _KINDS[vector.kind],
         vector.pair_bits,
         state_bits,
-        vector.code_bytes(head_dim),
+        code_bytes,
         _GAINS[vector.gain],
         points.numpy(),
         lut,
         cells.numpy().view(np.uint32),
+        *_units(code_bytes, parts, vector.runs),
+    )
+
+
+def _vectors(fmt: PolarFormat, tables: Tables) -> tuple[_Vector, _Vector]:
+    """Of keys and of values."""
+    return (
+        _vector(fmt.key, fmt.head_dim, KEY_PARTS, tables.key_points, tables.key_cells),
+        _vector(fmt.value, fmt.head_dim, VALUE_PARTS, tables.value_points, tables.value_cells),
     )
 
 
@@ -121,8 +154,8 @@ def _vector(vector: VectorFormat, head_dim: int, points: torch.Tensor, cells: to
 def _load_radii(cache_bytes, start, count, bits, radii):
     """float16 radii at `start` as float32 in radii [count]; bits is radii's memory seen as uint32."""
     for t in range(count):
-        half = np.uint32(cache_bytes[start + 2 * t]) | (
-            np.uint32(cache_bytes[start + 2 * t + 1]) << np.uint32(8)
+        half = np.uint32(cache_bytes[start + RADIUS_STRIDE * t]) | (
+            np.uint32(cache_bytes[start + RADIUS_STRIDE * t + 1]) << np.uint32(8)
         )
         # Shifting exponent and mantissa into place leaves float32's larger bias, 2**112, to multiply by.
         bits[t] = (half & np.uint32(0x7FFF)) << np.uint32(13)
@@ -247,18 +280,23 @@ def _encode(rotated, amax, pair_bits, points, cells, tried, gain, packed, radius
 
 
 @njit(cache=True, parallel=True)
-def _scatter(codes, radii, slots, cache_bytes, stride, page_bytes, block_size, code_at, radius_at):
+def _scatter(
+    codes, radii, slots, cache_bytes, stride, page_bytes, block_size, unit, places, code_at, radius_at,
+):  # fmt: skip
     """Codes u8 [T, H, bytes] and radii u8 [T, H, 2] to the pages of slots [T]; slots < 0 are dropped."""
     tokens, heads, width = codes.shape
     for token in prange(tokens):
         slot = slots[token]
         if slot >= 0:
             inside = slot % block_size
+            row = inside % _CHUNK
             for head in range(heads):
                 page = slot // block_size * stride + head * page_bytes
-                start = page + code_at + inside * width
-                cache_bytes[start : start + width] = codes[token, head]
-                start = page + radius_at + inside * 2
+                chunk = page + code_at + (inside - row) * width
+                for j in range(width):
+                    place = places[(row * width + j) // unit] * unit + j % unit
+                    cache_bytes[chunk + place] = codes[token, head, j]
+                start = page + radius_at + inside * RADIUS_STRIDE
                 cache_bytes[start : start + 2] = radii[token, head]
 
 
@@ -299,52 +337,85 @@ def store_kv(
     """
     _use_torch_threads()
     cache_bytes, stride = _bytes_of(cache_tensor, fmt)
-    for x, vector, points, cells, code_at, radius_at in (
-        (key, fmt.key, tables.key_points, tables.key_cells, 0, fmt.key_radius_offset),
-        (
-            value, fmt.value, tables.value_points, tables.value_cells, fmt.value_offset,
-            fmt.value_radius_offset,
-        ),
-    ):  # fmt: skip
+    key_spec, value_spec = _vectors(fmt, tables)
+    for x, vector, spec, code_at, radius_at in (
+        (key, fmt.key, key_spec, 0, fmt.key_radius_offset),
+        (value, fmt.value, value_spec, fmt.value_offset, fmt.value_radius_offset),
+    ):
         x = x[: len(slot_mapping)]
         if vector.kind == "polar":
-            spec = _vector(vector, fmt.head_dim, points, cells)
             radius, codes = _encode_vectors(x, spec, tables.rotation)
         else:
             radius, codes = encode(x, vector)
         radii = radius.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
         _scatter(
             codes.numpy(), radii.numpy(), slot_mapping.numpy(), cache_bytes, stride,
-            fmt.page_bytes, fmt.block_size, code_at, radius_at,
+            fmt.page_bytes, fmt.block_size, spec.unit, spec.places, code_at, radius_at,
         )  # fmt: skip
 
 
+@njit(cache=True)
+def _copy_rows(region, inside, count, places, rows):
+    """Rows of `count` tokens of a region's chunks, from token `inside` on; region and rows are of units."""
+    width = np.uint64(len(places) // _CHUNK)
+    for t in range(0, count, _CHUNK):
+        first = np.uint64((inside + t) % _CHUNK) * width
+        chunk = np.uint64(inside + t) * width - first
+        into = np.uint64(t) * width
+        for j in range(np.uint64(min(_CHUNK, count - t)) * width):
+            rows[into + j] = region[chunk + np.uint64(places[first + j])]
+
+
+@njit(cache=True)
+def _load_rows(region, inside, count, code_bytes, unit, places, rows):
+    """Codes of tokens [inside, inside + count) of a region, row after row: in `rows`, or where they lie.
+
+    inside is a multiple of 16, or count is 1.
+    """
+    if unit == code_bytes:
+        return region[inside * code_bytes :]
+    if unit == 8:
+        _copy_rows(region.view(np.uint64), inside, count, places, rows.view(np.uint64))
+    elif unit == 4:
+        _copy_rows(region.view(np.uint32), inside, count, places, rows.view(np.uint32))
+    elif unit == 2:
+        _copy_rows(region.view(np.uint16), inside, count, places, rows.view(np.uint16))
+    else:
+        _copy_rows(region, inside, count, places, rows)
+    return rows
+
+
 @njit(cache=True, fastmath=True)
-def _load_tile(cache_bytes, start, count, kind, pair_bits, state_bits, code_bytes, lut, points, tile):
-    """Unit vectors of `count` neighbouring tokens, as float32 bits: u8 codes at start -> tile u32 [:, d]."""
+def _load_tile(region, inside, count, side, rows, points, tile):
+    """Unit vectors of tokens [inside, inside + count) of a region of codes, as float32 bits: u32 tile [:, d].
+
+    side: of `_sides`. rows u8 and points u32 [d / 2] are scratch. See `_load_rows`.
+    """
+    kind, pair_bits, state_bits, code_bytes, lut, unit, places = side
+    codes = _load_rows(region, inside, count, code_bytes, unit, places, rows)
     d = tile.shape[1]
     half = d // 2
     if kind == RAW:
         for t in range(count):
-            at = start + t * code_bytes
+            at = t * code_bytes
             for j in range(d):
-                low, high = np.uint64(cache_bytes[at + 2 * j]), np.uint64(cache_bytes[at + 2 * j + 1])
+                low, high = np.uint64(codes[at + 2 * j]), np.uint64(codes[at + 2 * j + 1])
                 tile[t, j] = lut[low | (high << np.uint64(8))]
         return
     if kind == FP8:
         for t in range(count):
-            at = start + t * code_bytes
+            at = t * code_bytes
             for j in range(d):
-                tile[t, j] = lut[np.uint64(cache_bytes[at + j])]
+                tile[t, j] = lut[np.uint64(codes[at + j])]
         return
     before = np.uint64(pair_bits - state_bits)
     for t in range(count):
-        at = start + t * code_bytes
+        at = t * code_bytes
         # Unsigned indices spare the loops Python's test for negative ones: three times faster.
         if pair_bits == 8:
             last = np.uint64(0)
             for j in range(half):
-                code = np.uint64(cache_bytes[at + j])
+                code = np.uint64(codes[at + j])
                 points[j] = lut[(code << np.uint64(state_bits)) | (last >> before)]
                 last = code
         else:
@@ -354,7 +425,7 @@ def _load_tile(cache_bytes, start, count, kind, pair_bits, state_bits, code_byte
                 # The top bits of the last code stay, below those of the next eight.
                 word >>= np.uint64(8 * pair_bits)
                 for b in range(pair_bits):
-                    byte = np.uint64(cache_bytes[at + group * pair_bits + b])
+                    byte = np.uint64(codes[at + group * pair_bits + b])
                     word |= byte << np.uint64(8 * b + state_bits)
                 for j in range(8):
                     points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
@@ -377,8 +448,7 @@ def _attend(
     requests = len(seq_lens)
     d = query.shape[2]
     group = query.shape[1] // heads
-    k_kind, k_bits, k_states, k_bytes, k_lut = key
-    v_kind, v_bits, v_states, v_bytes, v_lut = value
+    code_bytes = max(value_at, key_radius_at - value_at) // block_size
     for task in prange(requests * heads * splits):
         split = task % splits
         head = task // splits % heads
@@ -396,22 +466,21 @@ def _attend(
         # Splits are whole tiles and a tile never leaves its page.
         share = ((length + splits - 1) // splits + block_size - 1) // block_size * block_size
         begin, end = split * share, min((split + 1) * share, length)
+        code_rows = np.empty(_TILE * code_bytes, np.uint8)
         points = np.empty(d // 2, np.uint32)
         bits = np.empty((_TILE, d), np.uint32)
         tile = bits.view(np.float32)
         radius_bits = np.empty(_TILE, np.uint32)
         radii = radius_bits.view(np.float32)
         weights = np.empty((max(rows, 1), _TILE), np.float32)
-        for start in range(begin, end, _TILE if block_size % _TILE == 0 else 16):
-            step = min(_TILE if block_size % _TILE == 0 else 16, end - start)
+        for start in range(begin, end, _TILE if block_size % _TILE == 0 else _CHUNK):
+            step = min(_TILE if block_size % _TILE == 0 else _CHUNK, end - start)
             block = np.int64(block_table[request, start // block_size])
             page = block * stride + head * page_bytes
             inside = start % block_size
-            _load_tile(
-                cache_bytes, page + inside * k_bytes, step, k_kind, k_bits, k_states, k_bytes, k_lut,
-                points, bits,
-            )  # fmt: skip
-            _load_radii(cache_bytes, page + key_radius_at + inside * 2, step, radius_bits, radii)
+            codes = cache_bytes[page : page + value_at]
+            _load_tile(codes, inside, step, key, code_rows, points, bits)
+            _load_radii(cache_bytes, page + key_radius_at + inside * RADIUS_STRIDE, step, radius_bits, radii)
             for row in range(rows):
                 token, member = row // group, row % group
                 q = query[first + token, head * group + member]
@@ -439,11 +508,11 @@ def _attend(
                 if shrink != 1:
                     for j in range(d):
                         out[row, j] *= shrink
-            _load_tile(
-                cache_bytes, page + value_at + inside * v_bytes, step, v_kind, v_bits, v_states, v_bytes,
-                v_lut, points, bits,
-            )  # fmt: skip
-            _load_radii(cache_bytes, page + value_radius_at + inside * 2, step, radius_bits, radii)
+            codes = cache_bytes[page + value_at : page + key_radius_at]
+            _load_tile(codes, inside, step, value, code_rows, points, bits)
+            _load_radii(
+                cache_bytes, page + value_radius_at + inside * RADIUS_STRIDE, step, radius_bits, radii
+            )
             for row in range(rows):
                 for t in range(step):
                     weights[row, t] *= radii[t]
@@ -486,13 +555,14 @@ def _merge(part_out, part_max, part_sum, query_start, out):
 
 @njit(cache=True, parallel=True)
 def _gather(
-    cache_bytes, stride, heads, page_bytes, block_size, block_table, start, vector, code_at,
+    cache_bytes, stride, heads, page_bytes, block_size, block_table, start, side, code_at,
     radius_at, out,
 ):  # fmt: skip
     """Tokens [start, start + n) of one request: radius times unit vectors, f32 [n, heads, d], rotated."""
     n, _, d = out.shape
-    kind, pair_bits, state_bits, code_bytes, lut = vector
+    code_bytes = side[3]
     for i in prange(n):
+        code_row = np.empty(code_bytes, np.uint8)
         points = np.empty(d // 2, np.uint32)
         bits = np.empty((1, d), np.uint32)
         unit = bits.view(np.float32)
@@ -503,11 +573,10 @@ def _gather(
         inside = position % block_size
         for head in range(heads):
             page = block * stride + head * page_bytes
-            _load_tile(
-                cache_bytes, page + code_at + inside * code_bytes, 1, kind, pair_bits, state_bits,
-                code_bytes, lut, points, bits,
-            )  # fmt: skip
-            _load_radii(cache_bytes, page + radius_at + inside * 2, 1, radius_bits, radius)
+            at = page + code_at
+            codes = cache_bytes[at : at + block_size * code_bytes]
+            _load_tile(codes, inside, 1, side, code_row, points, bits)
+            _load_radii(cache_bytes, page + radius_at + inside * RADIUS_STRIDE, 1, radius_bits, radius)
             for j in range(d):
                 out[i, head, j] = unit[0, j] * radius[0]
 
@@ -520,15 +589,14 @@ def _raw_lut(dtype: torch.dtype) -> np.ndarray:
 
 
 def _sides(fmt: PolarFormat, tables: Tables, dtype: torch.dtype) -> tuple[tuple, tuple]:
-    """(kind, pair bits, state bits, code bytes, lut) of keys and of values, as the loops take them."""
-    specs = (
-        _vector(fmt.key, fmt.head_dim, tables.key_points, tables.key_cells),
-        _vector(fmt.value, fmt.head_dim, tables.value_points, tables.value_cells),
-    )
+    """(kind, pair bits, state bits, code bytes, lut, unit, places) of keys and of values, for the loops."""
     key, value = (
-        (s.kind, s.pair_bits, s.state_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut)
-        for s in specs
-    )
+        (
+            s.kind, s.pair_bits, s.state_bits, s.code_bytes, _raw_lut(dtype) if s.kind == RAW else s.lut,
+            s.unit, s.places,
+        )
+        for s in _vectors(fmt, tables)
+    )  # fmt: skip
     return key, value
 
 

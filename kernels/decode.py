@@ -1,7 +1,8 @@
 """Decode attention on the codes in place: one launch, an equal share of the batch's KV ranges a program.
 
-Written lane by lane (lanes.py). Scores are products of rotated queries with unit-radius points, so a key
-costs a table lookup a pair and one multiplication by its radius; the values' radii go into the weights.
+Written lane by lane (lanes.py). Scores are products of unit-radius points, the left operand, with rotated
+queries, so a key costs a table lookup a pair and one multiplication by its radius; the values' radii go into
+the weights, which one transpose of a small matrix brings to the lanes that add values up.
 A program works through its items, parts of requests, of which schedule.py says which they are. The last
 part of a request to end merges them all. Where the rotation is a Hadamard matrix, queries are
 rotated as they are read and outputs turned back as they are written; elsewhere rotate.py does both.
@@ -19,7 +20,7 @@ import triton.language as tl
 
 from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels import tuning
-from vllm_polarquant.kernels.lane_page import link, load_part, radii, unit
+from vllm_polarquant.kernels.lane_page import link, load_share, radii, unit
 from vllm_polarquant.kernels.lanes import (
     DYNAMIC,
     exchange_bytes,
@@ -27,7 +28,6 @@ from vllm_polarquant.kernels.lanes import (
     follow_maximum,
     for_maximum,
     hadamard,
-    load_half,
     load_words,
     mma,
     of_all_warps,
@@ -43,7 +43,10 @@ from vllm_polarquant.kernels.lanes import (
     unpack_halves,
 )
 from vllm_polarquant.kernels.page import (
+    KEY_PARTS,
+    RADIUS_STRIDE,
     RAW,
+    VALUE_PARTS,
     check,
     check_cache,
     check_heads,
@@ -244,8 +247,6 @@ def _fetch(
     slot,
     group,
     place,
-    key_token,
-    value_token,
     HEAD_DIM: tl.constexpr,
     KEY_CODE: tl.constexpr,
     KEY_BYTES: tl.constexpr,
@@ -253,46 +254,16 @@ def _fetch(
     VALUE_CODE: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
-    VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
-    """A lane's part of the 16 tokens from `slot` of a page on, as words.
-
-    For either half of eight tokens: quarter t of a key, then eighth g of two values (`_own_tokens`). Last
-    the radii of the keys of both halves, and of the values of the same tokens.
-    """
-    key = (slot + key_token) * KEY_BYTES
-    first = VALUE_OFFSET + (slot + value_token) * VALUE_BYTES
-    second = VALUE_OFFSET + (slot + (value_token ^ 1)) * VALUE_BYTES
-    fetched = ()
-    for half in tl.static_range(2):
-        keys = page + 8 * half * KEY_BYTES
-        values = page + 8 * half * VALUE_BYTES
-        fetched = fetched + (
-            load_part(keys, key, place, HEAD_DIM // 8, KEY_CODE, KEY_BYTES),
-            load_part(values, first, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
-            load_part(values, second, group, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES),
-        )
-    radius = page + (slot + key_token) * 2
-    key_radius = radius + KEY_RADIUS_OFFSET
-    value_radius = radius + VALUE_RADIUS_OFFSET
-    return fetched + (
-        (
-            load_half(key_radius),
-            load_half(key_radius + 16),
-            load_half(value_radius),
-            load_half(value_radius + 16),
+    """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8."""
+    both_radii = page + KEY_RADIUS_OFFSET + (slot + group) * RADIUS_STRIDE
+    return (
+        load_share(page, slot, group, place, HEAD_DIM // 8, KEY_CODE, KEY_BYTES, KEY_PARTS),
+        load_share(
+            page + VALUE_OFFSET, slot, group, place, HEAD_DIM // 16, VALUE_CODE, VALUE_BYTES, VALUE_PARTS
         ),
+        load_words(both_radii, 1, 4) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4),
     )
-
-
-@triton.jit
-def _own_tokens(group, place):
-    """Which of eight tokens' keys and radii a lane reads, and the first of the two whose values it reads.
-
-    Row g of scores is token g, but for 2 and 3, and 6 and 7, which change places: so no more than two of the
-    lanes that load values of 64 bytes together meet in a bank, where otherwise four would.
-    """
-    return group ^ ((group >> 1) & 1), (2 * place) ^ (place & 1)
 
 
 @triton.jit
@@ -301,8 +272,7 @@ def _attend(
     query,
     state,
     limits,
-    key_token,
-    value_token,
+    token,
     scale_log2,
     key_lut,
     value_lut,
@@ -311,8 +281,10 @@ def _attend(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     KEY_CODE: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
     KEY_FIRST: tl.constexpr,
     VALUE_CODE: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
     VALUE_FIRST: tl.constexpr,
     COPIES: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -324,25 +296,28 @@ def _attend(
     state: for each set the largest logit so far of query t, the sum of its weights that this lane has seen,
     and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the tokens that query t may see, then those that are stored.
-    key_token, value_token: of `_own_tokens`, counted from the request's first token.
+    token: the first of the 16, counted from the request's first one.
     """
     KEY_PAIRS: tl.constexpr = HEAD_DIM // 8
     TILES: tl.constexpr = (HEAD_DIM // 2 + 15) // 16
     peaks, totals, outs = state
-    radius = radii(fetched[6])
+    keys, values, stored = fetched
+    radius = radii(stored)
+    key_token = token + lane // 4
     zero = tl.zeros(lane.shape, tl.float32)
     # Two sums: a product waits for the one before it.
     even = (zero, zero, zero, zero)
     odd = even
-    upper = link(fetched[0], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
-    lower = link(fetched[3], KEY_PAIRS, KEY_CODE, lane % 4 == 0, 1)
+    before = link(keys, 2, KEY_PAIRS, KEY_CODE, KEY_BYTES, lane % 4 == 0, 1)
     for step in tl.static_range(HEAD_DIM // 16):
         left = ()
-        for i in tl.static_range(2):
+        for i in tl.static_range(4):
             left = left + (
-                unit(upper, 2 * step + i, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE),
-                unit(lower, 2 * step + i, KEY_PAIRS, KEY_CODE, key_lut, KEY_FIRST, COPIES, lane, DTYPE),
-            )
+                unit(
+                    keys, before, i % 2, 2 * step + i // 2, KEY_PAIRS, KEY_CODE, KEY_BYTES,
+                    key_lut, KEY_FIRST, COPIES, lane, DTYPE,
+                ),
+            )  # fmt: skip
         if step % 2 == 0:
             even = mma(even, left, query[2 * step : 2 * step + 2], DTYPE)
         else:
@@ -355,7 +330,7 @@ def _attend(
     for k in tl.static_range(SETS):
         scores = ()
         for half in tl.static_range(2):
-            score = (even[2 * half + k] + odd[2 * half + k]) * (radius[half] * scale_log2)
+            score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
             if MASKED:
                 score = tl.where(key_token + 8 * half < limits[k], score, float("-inf"))
             scores = scores + (score,)
@@ -364,7 +339,7 @@ def _attend(
             # may hold any radius, so their heights are -inf or NaN.
             heights = ()
             for half in tl.static_range(2):
-                height = scores[half] + tl.maximum(tl.log2(radius[2 + half]), -60.0)
+                height = scores[half] + tl.maximum(tl.log2(radius[2 * half + 1]), -60.0)
                 heights = heights + (for_maximum(height),)
         else:
             heights = scores
@@ -379,11 +354,11 @@ def _attend(
         for half in tl.static_range(2):
             weight = tl.exp2(scores[half] - shift)
             total += weight
-            value_radius = radius[2 + half]
+            value_radius = radius[2 * half + 1]
             if MASKED:
                 value_radius = tl.where(key_token + 8 * half < limits[SETS], value_radius, 0.0)
             scaled_weight = weight * value_radius
-            # From the lanes of a token to those of a query. Even columns weigh the xs of pairs, odd ones the ys.
+            # From a token's lanes to a query's. Even columns weigh the xs of pairs, odd ones the ys.
             both = transpose_halves(pack_halves(scaled_weight, scaled_weight, DTYPE))
             weights = weights + (
                 place_half(both, 0, (lane & 4) != 0),
@@ -394,25 +369,26 @@ def _attend(
         new_outs = new_outs + scaled
 
     PAIRS: tl.constexpr = HEAD_DIM // 16
+    before = link(values, 4, PAIRS, VALUE_CODE, VALUE_BYTES, lane < 4, 4)
     for half in tl.static_range(2):
         outs = new_outs
         new_outs = ()
         a = ()
-        firsts = link(fetched[3 * half + 1], PAIRS, VALUE_CODE, lane < 4, 4)
-        seconds = link(fetched[3 * half + 2], PAIRS, VALUE_CODE, lane < 4, 4)
-        for i in tl.static_range(2 * TILES):
-            first = unit(firsts, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
-            second = unit(seconds, i, PAIRS, VALUE_CODE, value_lut, VALUE_FIRST, COPIES, lane, DTYPE)
+        for i in tl.static_range(4 * TILES):
+            point = unit(
+                values, before, 2 * half + i % 2, i // 2, PAIRS, VALUE_CODE, VALUE_BYTES,
+                value_lut, VALUE_FIRST, COPIES, lane, DTYPE,
+            )  # fmt: skip
             if MASKED and VALUE_CODE == RAW:
                 # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
-                first = tl.where(value_token + 8 * half < limits[SETS], first, 0)
-                second = tl.where((value_token ^ 1) + 8 * half < limits[SETS], second, 0)
-            a = a + ((first, second),)
+                own_token = token + 2 * (lane % 4) + (8 * half + i % 2)
+                point = tl.where(own_token < limits[SETS], point, 0)
+            a = a + (point,)
         for k in tl.static_range(SETS):
             b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
             for i in tl.static_range(TILES):
-                pair, next_pair = a[2 * i], a[2 * i + 1]
-                left = (pair[0], next_pair[0], pair[1], next_pair[1])
+                # Rows g and g + 8 are two pairs, columns the coordinates of two tokens.
+                left = (a[4 * i], a[4 * i + 2], a[4 * i + 1], a[4 * i + 3])
                 new_outs = new_outs + (mma(outs[k * TILES + i], left, b, DTYPE),)
     return (new_peaks, new_totals, new_outs)
 
@@ -528,7 +504,6 @@ def _read(
     VALUE_CODE: tl.constexpr,
     VALUE_BYTES: tl.constexpr,
     VALUE_OFFSET: tl.constexpr,
-    VALUE_RADIUS_OFFSET: tl.constexpr,
 ):
     """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
 
@@ -545,20 +520,6 @@ def _read(
     group = lane // 4
     place = lane % 4
     zero = tl.zeros([WARPS * 32], tl.float32)
-    column = group // 2
-    if SETS == 2:
-        column += 4 * (group % 2)
-    own = first_row + column
-    own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
-    source = query + own_token * query_stride_token + own_head * query_stride_head
-    operands = _load_queries(source, rotation, own < count * GROUP, place, lane, ROTATE, HEAD_DIM, DTYPE)
-    limits = ()
-    for k in tl.static_range(SETS):
-        row = first_row + 4 * k + place
-        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
-    limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
-    key_token, value_token = _own_tokens(group, place)
-
     head_offset = kv_head.to(tl.int64) * PAGE_BYTES
     peaks = ()
     totals = ()
@@ -574,15 +535,28 @@ def _read(
     total_turns = tl.cdiv(end - start, WARPS)
     # Every row sees all of these; what is left, and what other warps are short of, is masked.
     whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
+    # The first page is asked for before the queries, so that they wait together.
     here = tl.minimum(start + warp, last) * 16
     block = tl.load(table + here // BLOCK_SIZE)
     # A page waits for its number: each lane loads that of another turn, long before.
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, BLOCK_SIZE)
     page = cache + block.to(tl.int64) * block_stride + head_offset
     fetched = _fetch(
-        page, here % BLOCK_SIZE, group, place, key_token, value_token, HEAD_DIM, KEY_CODE, KEY_BYTES,
-        KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+        page, here % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET,
+        VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
     )  # fmt: skip
+    column = group // 2
+    if SETS == 2:
+        column += 4 * (group % 2)
+    own = first_row + column
+    own_token, own_head = _row_index(first_token, own, kv_head, NUM_HEADS, GROUP)
+    source = query + own_token * query_stride_token + own_head * query_stride_head
+    operands = _load_queries(source, rotation, own < count * GROUP, place, lane, ROTATE, HEAD_DIM, DTYPE)
+    limits = ()
+    for k in tl.static_range(SETS):
+        row = first_row + 4 * k + place
+        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
+    limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
     tl.debug_barrier()
 
     for first in tl.range(0, total_turns, 32):
@@ -597,16 +571,16 @@ def _read(
                 page = cache + block.to(tl.int64) * block_stride + head_offset
                 there = tl.minimum(chunk + WARPS, last) * 16
                 coming = _fetch(
-                    page, there % BLOCK_SIZE, group, place, key_token, value_token, HEAD_DIM, KEY_CODE,
-                    KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET, VALUE_RADIUS_OFFSET,
+                    page, there % BLOCK_SIZE, group, place, HEAD_DIM, KEY_CODE, KEY_BYTES,
+                    KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
                 )  # fmt: skip
                 seen = ()
                 for k in tl.static_range(SETS + 1):
                     seen = seen + (tl.where(chunk < end, limits[k], 0),)
                 state = _attend(
-                    fetched, operands, state, seen, chunk * 16 + key_token, chunk * 16 + value_token,
-                    scale_log2, key_lut, value_lut, lane,
-                    SETS, MASKED, HEAD_DIM, KEY_CODE, KEY_FIRST, VALUE_CODE, VALUE_FIRST, COPIES, DTYPE,
+                    fetched, operands, state, seen, chunk * 16, scale_log2, key_lut, value_lut, lane, SETS,
+                    MASKED, HEAD_DIM, KEY_CODE, KEY_BYTES, KEY_FIRST, VALUE_CODE, VALUE_BYTES, VALUE_FIRST,
+                    COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state
@@ -890,7 +864,6 @@ def _decode_kernel(
                     start, end, kv_head, rotation, key_lut, value_lut, scale_log2,
                     NUM_HEADS, GROUP, SETS, COPIES, ROTATE, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
                     KEY_CODE, KEY_BYTES, KEY_RADIUS_OFFSET, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
-                    VALUE_RADIUS_OFFSET,
                 )  # fmt: skip
                 _write(
                     recomputed(thread), state, rotation, out, out_stride_token, out_stride_head,

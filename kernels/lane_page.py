@@ -17,10 +17,16 @@ from vllm_polarquant.kernels.lanes import (
     shuffle_up,
     spread_bytes,
     unpack_halves,
+    upper_bytes,
 )
-from vllm_polarquant.kernels.page import FP8, INTERPRET, RAW, decode_radius, state_bits
+from vllm_polarquant.kernels.page import FP8, INTERPRET, KEY_PARTS, RAW, code_runs, decode_radius, state_bits
 
 _INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.constexpr_function
+def _gcd(*numbers):
+    return math.gcd(*numbers)
 
 
 @triton.constexpr_function
@@ -30,71 +36,126 @@ def _part_bits(code, pairs):
 
 
 @triton.constexpr_function
-def _gcd(*numbers):
-    return math.gcd(*numbers)
+def _part_words(code, pairs):
+    """Words that a part of a vector takes where vectors lie one after the other."""
+    return (_part_bits(code, pairs) + 31) // 32
+
+
+@triton.constexpr_function
+def part_stride(code, pairs, row_bytes):
+    """Bits from a lane's part of one vector to its part of the next, in the words of `load_share`."""
+    return 32 * _part_words(code, pairs) if row_bytes % 8 else _part_bits(code, pairs) * code_runs(code)
+
+
+@triton.constexpr_function
+def _planes(words):
+    """Widths and first words of the planes of format.code_places, for shares of so many words."""
+    widths = [4] * (words // 4) + [width for width in (2, 1) if words % 4 & width]
+    return tuple((width, sum(widths[:i])) for i, width in enumerate(widths))
 
 
 @triton.jit
 def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
     """The bits part * BITS .. + BITS - 1 of each thread's row, as words with the first bit lowest.
 
-    page: a multiple of 4. row: int32, where each thread's row starts, in bytes from there on. Rows lie
-    ROW_BYTES apart, from a multiple of 16 on.
+    page: a multiple of 16. row: int32, where each thread's row starts, in bytes from there on.
     """
     COUNT: tl.constexpr = (BITS + 31) // 32
     GRAIN: tl.constexpr = _gcd(BITS, 8 * ROW_BYTES, 32)
-    if GRAIN == 32:
-        # One sum in 32 bits, so that the address is one addition.
-        return load_words(page + (row + part * (BITS // 8)), COUNT, _gcd(BITS // 8, ROW_BYTES, 16))
-    else:
-        bit = part * BITS
-        if ROW_BYTES % 4 != 0:
-            odd = row & 3
-            row -= odd
-            bit += odd * 8
-        raw = load_words(page + (row + bit // 32 * 4), (BITS + 63 - GRAIN) // 32, 4)
-        shift = (bit % 32).to(tl.uint32)
-        words = ()
-        for i in tl.static_range(COUNT):
-            words = words + (funnel(raw[i], raw[i + 1], shift) if i + 1 < len(raw) else raw[i] >> shift,)
-        return words
+    bit = part * BITS
+    if ROW_BYTES % 4 != 0:
+        odd = row & 3
+        row -= odd
+        bit += odd * 8
+    raw = load_words(page + (row + bit // 32 * 4), (BITS + 63 - GRAIN) // 32, 4)
+    shift = (bit % 32).to(tl.uint32)
+    words = ()
+    for i in tl.static_range(COUNT):
+        words = words + (funnel(raw[i], raw[i + 1], shift) if i + 1 < len(raw) else raw[i] >> shift,)
+    return words
 
 
 @triton.jit
-def load_part(page, row, part, PAIRS: tl.constexpr, CODE: tl.constexpr, ROW_BYTES: tl.constexpr):
-    """Codes of the pairs part * PAIRS .. + PAIRS - 1 of each thread's vector, as `unit` takes them.
+def load_share(
+    codes,
+    slot,
+    group,
+    place,
+    PAIRS: tl.constexpr,
+    CODE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A lane's parts of the 16 vectors from `slot` on, as format.code_places says, as words for `unit`.
 
-    page: a pointer. row: int32, how many bytes further on each thread's vector starts. part: int32, not the
-    same for all threads.
+    codes: a pointer to the first vector of the page. slot: int32, a multiple of 16. PAIRS: of a part.
     """
-    BITS: tl.constexpr = _part_bits(CODE, PAIRS)
-    if CODE == FP8 or CODE == RAW:
-        second = row + ROW_BYTES // 2
-        return _load_bits(page, row, part, BITS, ROW_BYTES // 2) + _load_bits(
-            page, second, part, BITS, ROW_BYTES // 2
-        )
+    words = ()
+    if ROW_BYTES % 8 == 0:
+        lane = 4 * group + place
+        PLANES: tl.constexpr = _planes(ROW_BYTES // 8)
+        for i in tl.static_range(len(PLANES)):
+            # One sum in 32 bits, so that the address is one addition.
+            own = slot * ROW_BYTES + lane * (4 * PLANES[i][0])
+            words = words + load_words(codes + 128 * PLANES[i][1] + own, PLANES[i][0], 4 * PLANES[i][0])
     else:
-        return _load_bits(page, row, part, BITS, ROW_BYTES)
+        for turn in tl.static_range(16 * PARTS // 32):
+            if PARTS == KEY_PARTS:
+                row = (slot + group + 8 * turn) * ROW_BYTES
+                part = place
+            else:
+                row = (slot + 2 * place + turn % 2 + turn // 2 * 8) * ROW_BYTES
+                part = group
+            words = words + _load_bits(codes, row, part, _part_bits(CODE, PAIRS), ROW_BYTES)
+    return words
 
 
 @triton.jit
-def link(words, PAIRS: tl.constexpr, CODE: tl.constexpr, first, DELTA: tl.constexpr):
-    """The words of `load_part` as `unit` takes them: polar codes behind a word of the codes before them.
+def link(
+    words,
+    TURNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    CODE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    first,
+    DELTA: tl.constexpr,
+):
+    """For each of a lane's TURNS parts of vectors, 2 or 4, a word that ends in the codes before it.
 
     The part before lies DELTA lanes before; where `first`, there is none, and the codes are 0.
     """
+    before = ()
     if CODE == FP8 or CODE == RAW:
-        return words
+        return before
     else:
-        BITS: tl.constexpr = _part_bits(CODE, PAIRS)
-        LAST: tl.constexpr = (BITS - 1) // 32
-        USED: tl.constexpr = (BITS - 1) % 32 + 1
-        last = words[LAST]
-        if USED < 32:
-            last = last << (32 - USED)
-        if USED < state_bits(CODE):
-            last = last | (words[LAST - 1] >> USED)
-        return (tl.where(first, 0, shuffle_up(last, DELTA)),) + words
+        last = ()
+        for turn in tl.static_range(TURNS):
+            last = last + (
+                _word_before(words, turn * part_stride(CODE, PAIRS, ROW_BYTES) + _part_bits(CODE, PAIRS)),
+            )
+        # A byte of each is enough, and one shuffle for all.
+        bytes_before = tl.where(first, 0, shuffle_up(upper_bytes(last), DELTA))
+        for turn in tl.static_range(TURNS):
+            before = before + (bytes_before << (8 * (TURNS - 1 - turn)),)
+        return before
+
+
+@triton.jit
+def _word_at(words, FIRST: tl.constexpr):
+    """The 32 bits from bit FIRST of the words on; what is past the last word is 0."""
+    word = words[FIRST // 32]
+    if FIRST % 32 == 0:
+        return word
+    elif FIRST // 32 + 1 < len(words):
+        return funnel(word, words[FIRST // 32 + 1], tl.full(word.shape, FIRST % 32, tl.uint32))
+    else:
+        return word >> (FIRST % 32)
+
+
+@triton.jit
+def _word_before(words, END: tl.constexpr):
+    """The 32 bits before bit END of the words."""
+    return _word_at(words, END - 32) if END >= 32 else words[0] << (32 - END)
 
 
 @triton.jit
@@ -114,59 +175,66 @@ def _field(words, FIRST: tl.constexpr, WIDTH: tl.constexpr, PLACE: tl.constexpr)
 @triton.jit
 def unit(
     words,
+    before,
+    TURN: tl.constexpr,
     PAIR: tl.constexpr,
     PAIRS: tl.constexpr,
     CODE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
     lut,
     FIRST: tl.constexpr,
     COPIES: tl.constexpr,
     lane,
     DTYPE: tl.constexpr,
 ):
-    """Pair PAIR of a part before radius and rotation: uint32, x in the low half and y in the high one.
+    """Pair PAIR of a lane's part TURN before radius and rotation: uint32, x in the low half, y in the high.
 
-    words: of `link`, with PAIRS pairs. lut, FIRST, COPIES: as in `lanes.look_up`. 0 where PAIR >= PAIRS.
+    words, before: of `load_share` and `link`, with PAIRS pairs a part. lut, FIRST, COPIES: as in
+    `lanes.look_up`. 0 where PAIR >= PAIRS.
     """
+    BASE: tl.constexpr = TURN * part_stride(CODE, PAIRS, ROW_BYTES)
     if PAIR >= PAIRS:
         return tl.zeros(lane.shape, tl.uint32)
     elif CODE == FP8:
-        RUN: tl.constexpr = len(words) // 2
         # e4m3's bits are, a few places up, those of a 16-bit float that is a power of two smaller.
         UP: tl.constexpr = 4 if tl.bfloat16 == DTYPE else 1
         SMALLER: tl.constexpr = 120 if tl.bfloat16 == DTYPE else 8
-        both = spread_bytes(words[PAIR // 4], words[RUN + PAIR // 4], PAIR % 4)
+        X: tl.constexpr = BASE // 8 + PAIR
+        Y: tl.constexpr = X + PAIRS
+        both = spread_bytes(words[X // 4], X % 4, words[Y // 4], Y % 4)
         bits = (both & 0x80008000) | ((both >> UP) & (0x7F007F00 >> UP))
         return scale_halves(bits, SMALLER, DTYPE)
     elif CODE == RAW:
-        HALVES: tl.constexpr = len(words) // 2
-        x = _field(words[:HALVES], 16 * PAIR, 16, 0)
-        y = _field(words[HALVES:], 16 * PAIR, 16, 0)
+        x = _field(words, BASE + 16 * PAIR, 16, 0)
+        y = _field(words, BASE + 16 * (PAIRS + PAIR), 16, 0)
         return x | (y << 16)
     else:
         STATES: tl.constexpr = state_bits(CODE)
-        window = _field(words, 32 + CODE * PAIR - STATES, CODE + STATES, entry_place(COPIES))
+        if PAIR == 0:
+            linked = (before[TURN], _word_at(words, BASE))
+            window = _field(linked, 32 - STATES, CODE + STATES, entry_place(COPIES))
+        else:
+            window = _field(words, BASE + CODE * PAIR - STATES, CODE + STATES, entry_place(COPIES))
         return look_up(lut, FIRST, COPIES, window, lane)
 
 
 @triton.jit
-def radii(stored):
-    """Radii float32 of four stored ones, uint16, as four tensors."""
-    halves = ()
-    for i in tl.static_range(4):
-        halves = halves + (stored[i].to(tl.float16, bitcast=True),)
-    decoded = ()
+def radii(words):
+    """Radii float32 of two words of two stored ones each, low half first, as four tensors."""
+    low, high = unpack_halves(words[0], tl.float16)
+    next_low, next_high = unpack_halves(words[1], tl.float16)
+    stored = (low, high, next_low, next_high)
     if _INTERPRET:
+        decoded = ()
         for i in tl.static_range(4):
-            decoded = decoded + (decode_radius(halves[i]),)
+            decoded = decoded + (decode_radius(stored[i]),)
         return decoded
     else:
-        for i in tl.static_range(4):
-            decoded = decoded + (halves[i].to(tl.float32),)
         # Radii of real keys and values are plain; the others are worth a branch, not four powers.
         return tl.inline_asm_elementwise(
             _radii_asm(),
             "=f,=f,=f,=f,0,1,2,3,r",
-            decoded + ((stored[0] | stored[1] | stored[2] | stored[3]).to(tl.uint32),),
+            [low, high, next_low, next_high, words[0] | words[1]],
             dtype=dtypes(tl.float32, 4),
             is_pure=True,
             pack=1,
@@ -177,7 +245,7 @@ def radii(stored):
 def _radii_asm():
     """Replace each negative one of $0 to $3 by minus its ninth power, at most float32's largest."""
     lines = ["{.reg .pred plain, negative;\n.reg .b32 signs;\n.reg .f32 square, power;"]
-    lines.append("and.b32 signs, $8, 0x8000;\nsetp.eq.b32 plain, signs, 0;\n@plain bra DONE;")
+    lines.append("and.b32 signs, $8, 0x80008000;\nsetp.eq.b32 plain, signs, 0;\n@plain bra DONE;")
     for i in range(4):
         lines.append(
             f"setp.lt.f32 negative, ${i}, 0f00000000;\nmul.f32 square, ${i}, ${i};\n"

@@ -99,18 +99,6 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_half(pointers):
-    """The 16 bits at each thread's pointer, uint16; for memory nobody writes."""
-    if _INTERPRET:
-        return tl.load(pointers.to(tl.pointer_type(tl.uint16)))
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.L1::evict_last.b16 $0, [$1];", "=h,l", [pointers.to(tl.int64)],
-            dtype=tl.uint16, is_pure=True, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def shuffle_xor(x, MASK: tl.constexpr):
     """x, float32, of the lane whose number differs in the bits of MASK."""
     if _INTERPRET:
@@ -190,8 +178,8 @@ def follow_maximum(outs, total, peak, top, MARGIN: tl.constexpr):
 
     outs: tuples of four float32, outputs of the lane's query. total, peak: float32, the sum of weights that
     this lane has seen and the maximum, in powers of two, that they are relative to, the same for the query's
-    eight lanes. top: the largest logit that this lane has now seen. Returns the three. Nothing changes while no
-    logit of the warp is 2**MARGIN times above its query's maximum; so weights may be that large
+    eight lanes. top: the largest logit that this lane has now seen. Returns the three. Nothing changes
+    while no logit of the warp is 2**MARGIN times above its query's maximum; so weights may be that large
     (FlashAttention 4 does so).
     """
     COUNT: tl.constexpr = 4 * len(outs)
@@ -231,7 +219,7 @@ def _tied(count):
 
 @triton.constexpr_function
 def _follow_asm(count, margin):
-    total, peak, top = (f"${i}" for i in (count, count + 1, 2 * count + 4))
+    peak, top = f"${count + 1}", f"${2 * count + 4}"
     lines = [
         "{.reg .pred over, some, same;\n.reg .f32 limit, high, other, decay;",
         f"add.f32 limit, {peak}, {float(margin)};",
@@ -239,15 +227,13 @@ def _follow_asm(count, margin):
         f"max.f32 high, {peak}, {top};",
     ]
     for mask in (4, 8, 16):
-        lines.append(
-            f"shfl.sync.bfly.b32 other, high, {mask}, 0x1f, 0xffffffff;\nmax.f32 high, high, other;"
-        )
+        lines.append(f"shfl.sync.bfly.b32 other, high, {mask}, 0x1f, 0xffffffff;\nmax.f32 high, high, other;")
     lines += [
         # A query that has seen nothing yet would subtract infinities.
         f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;\nex2.approx.ftz.f32 decay, decay;",
         f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;",
     ]
-    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in (*range(count), count)]
+    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in range(count + 1)]
     return "\n".join([*lines, "DONE:\n}"])
 
 
@@ -325,7 +311,7 @@ def pack_halves(low, high, DTYPE: tl.constexpr):
 
 @triton.jit
 def transpose_halves(word):
-    """The transpose of each warp's 8 x 8 matrix of 16-bit elements; a lane has columns 2t, 2t + 1 of row g."""
+    """The transpose of each warp's 8 x 8 matrix of halves: a lane has columns 2t and 2t + 1 of row g."""
     if _INTERPRET:
         WARPS: tl.constexpr = word.shape[0] // 32
         matrix = tl.reshape(tl.join(word & 0xFFFF, word >> 16), [WARPS, 8, 8])
@@ -376,18 +362,38 @@ def _scale_asm(exponent, dtype):
 
 
 @triton.jit
-def spread_bytes(low, high, BYTE: tl.constexpr):
-    """One byte of each of two words, uint32, as the upper bytes of the halves of one.
+def spread_bytes(low, LOW_BYTE: tl.constexpr, high, HIGH_BYTE: tl.constexpr):
+    """A byte of each of two words, uint32, as the upper bytes of the halves of one.
 
     The lower bytes are of no use.
     """
     if _INTERPRET:
-        return (((low >> (8 * BYTE)) & 0xFF) << 8) | (((high >> (8 * BYTE)) & 0xFF) << 24)
+        return (((low >> (8 * LOW_BYTE)) & 0xFF) << 8) | (((high >> (8 * HIGH_BYTE)) & 0xFF) << 24)
     else:
-        return tl.inline_asm_elementwise(
-            f"prmt.b32 $0, $1, $2, {0x4400 + 0x1111 * BYTE};", "=r,r,r", [low, high],
-            dtype=tl.uint32, is_pure=True, pack=1,
-        )  # fmt: skip
+        return _permute(low, high, 0x4400 + 0x0011 * LOW_BYTE + 0x1100 * HIGH_BYTE)
+
+
+@triton.jit
+def upper_bytes(words):
+    """The uppermost bytes of 2 or 4 words, uint32, as the upper bytes of one, the first word's lowest."""
+    COUNT: tl.constexpr = len(words)
+    if _INTERPRET:
+        both = words[0] & 0
+        for i in tl.static_range(COUNT):
+            both |= (words[i] >> 24) << (8 * (4 - COUNT + i))
+        return both
+    elif COUNT == 2:
+        return _permute(words[0], words[1], 0x7300)
+    else:
+        low = _permute(words[0], words[1], 0x0073)
+        return _permute(low, _permute(words[2], words[3], 0x7300), 0x7610)
+
+
+@triton.jit
+def _permute(low, high, SELECTOR: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        f"prmt.b32 $0, $1, $2, {SELECTOR};", "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+    )
 
 
 @triton.constexpr_function

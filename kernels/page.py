@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_polarquant import format as page_format
 from vllm_polarquant.format import (
     RADIUS_POWER,
     STATE_BITS,
@@ -27,6 +28,10 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 FP8 = tl.constexpr(1)
 RAW = tl.constexpr(16)
+KEY_PARTS = tl.constexpr(page_format.KEY_PARTS)
+VALUE_PARTS = tl.constexpr(page_format.VALUE_PARTS)
+RADIUS_STRIDE = tl.constexpr(page_format.RADIUS_STRIDE)
+RADII = tl.constexpr(page_format.RADIUS_STRIDE // page_format.RADIUS_BYTES)
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 # The interpreter multiplies bfloat16 as if its bits were integers.
 _UPCAST = tl.constexpr(INTERPRET)
@@ -127,7 +132,7 @@ def decode_radius(stored):
 def load_radius(pages, slots, valid, OFFSET: tl.constexpr):
     """Radii float32 of `slots` of their pages; 0 where not valid."""
     radii = (pages + OFFSET).to(tl.pointer_type(tl.float16))
-    return decode_radius(tl.load(radii + slots, mask=valid, other=0.0))
+    return decode_radius(tl.load(radii + slots * RADII, mask=valid, other=0.0))
 
 
 @triton.jit
@@ -159,6 +164,46 @@ def table_entries(code):
 
 
 @triton.constexpr_function
+def code_runs(code):
+    """Runs of a vector's codes: codes of pairs, or coordinates x of all pairs and then y."""
+    return 2 if code in (FP8.value, RAW.value) else 1
+
+
+@triton.jit
+def code_place(slot, byte, CODE: tl.constexpr, ROW_BYTES: tl.constexpr, PARTS: tl.constexpr):
+    """Where bytes of tokens' codes lie in their region of a page, int32: format.code_places as a formula."""
+    if ROW_BYTES % 8 != 0:
+        return slot * ROW_BYTES + byte
+    else:
+        RUNS: tl.constexpr = code_runs(CODE)
+        RUN_BYTES: tl.constexpr = ROW_BYTES // RUNS
+        PIECE: tl.constexpr = RUN_BYTES // PARTS
+        PLANES: tl.constexpr = ROW_BYTES // 32
+        REST: tl.constexpr = ROW_BYTES // 8 % 4
+        part = byte % RUN_BYTES // PIECE
+        half = slot % 16 // 8
+        eighth = slot % 8
+        if PARTS == KEY_PARTS:
+            lane = 4 * eighth + part
+            turn = half + byte * 0
+        else:
+            lane = 4 * part + eighth // 2
+            turn = 2 * half + eighth % 2 + byte * 0
+        at = (turn * RUNS + byte // RUN_BYTES) * PIECE + byte % PIECE
+        word = at // 4
+        start = word // 4 * 4
+        width = start * 0 + 4
+        if REST > 0:
+            # Planes of 8 and of 4 bytes.
+            width = tl.where(start == 4 * PLANES, 2 if REST >= 2 else 1, 4)
+        if REST == 3:
+            last = word == 4 * PLANES + 2
+            start = tl.where(last, word, start)
+            width = tl.where(last, 1, width)
+        return slot // 16 * (16 * ROW_BYTES) + (32 * start + lane * width + word - start) * 4 + at % 4
+
+
+@triton.constexpr_function
 def _window_bytes(code):
     """Bytes that a window of a code and its state may touch, wherever it starts."""
     width = code + STATE_BITS[code]
@@ -166,16 +211,25 @@ def _window_bytes(code):
 
 
 @triton.jit
-def _load_windows(rows, CODE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+def _load_windows(
+    codes,
+    slot,
+    CODE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
     """Each pair's place in its table, int32 [rows, HALF_PAD], off a little-endian bit stream; 0 past HALF."""
     STATES: tl.constexpr = state_bits(CODE)
     pair = tl.arange(0, HALF_PAD)
     bit = pair * CODE - STATES
     byte = bit >> 3
-    word = tl.zeros([rows.shape[0], HALF_PAD], tl.int32)
+    word = tl.zeros([slot.shape[0], HALF_PAD], tl.int32)
     for i in tl.static_range(_window_bytes(CODE)):
-        inside = (byte + i >= 0) & (byte + i < HALF * CODE // 8)
-        part = tl.load(rows[:, None] + (byte + i)[None, :], mask=inside[None, :], other=0)
+        inside = (byte + i >= 0) & (byte + i < ROW_BYTES)
+        place = code_place(slot[:, None], (byte + i)[None, :], CODE, ROW_BYTES, PARTS)
+        part = tl.load(codes[:, None] + place, mask=inside[None, :], other=0)
         word |= part.to(tl.int32) << (8 * i)
     window = (word >> (bit & 7)[None, :]) & ((1 << (CODE + STATES)) - 1)
     return tl.where((pair < HALF)[None, :], window, 0)
@@ -192,25 +246,29 @@ def load_lut(lut, CODE: tl.constexpr):
 
 @triton.jit
 def load_unit(
-    rows,
+    codes,
+    slot,
     valid,
     lut,
     CODE: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Decode vectors before radius and rotation: pointers to their codes -> x, y [rows, HALF_PAD].
+    """Decode vectors before radius and rotation -> x, y [rows, HALF_PAD].
 
-    x holds dims j and y dims j + HEAD_DIM / 2, in DTYPE. Past HEAD_DIM / 2 polar vectors hold some
-    point, so the other operand must be 0 there or the result unused. Rows not valid hold finite
-    numbers.
+    codes: pointers to the region of each row's page. slot: int32, each row's token in it. x holds dims j
+    and y dims j + HEAD_DIM / 2, in DTYPE. Past HEAD_DIM / 2 polar vectors hold some point, so the other
+    operand must be 0 there or the result unused. Rows not valid hold finite numbers.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     if CODE != RAW and CODE != FP8:
         # A lookup in shared memory takes two instructions, one in global memory five or more.
-        flat = tl.reshape(_load_windows(rows, CODE, HALF, HALF_PAD), [rows.shape[0] * HALF_PAD])
-        point = tl.reshape(tl.gather(lut, flat, 0), [rows.shape[0], HALF_PAD])
+        windows = _load_windows(codes, slot, CODE, ROW_BYTES, PARTS, HALF, HALF_PAD)
+        flat = tl.reshape(windows, [slot.shape[0] * HALF_PAD])
+        point = tl.reshape(tl.gather(lut, flat, 0), [slot.shape[0], HALF_PAD])
         x = (point & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
         y = (point >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:
@@ -218,13 +276,17 @@ def load_unit(
         inside = (pair < HALF)[None, :]
         if CODE == RAW:
             # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
-            values = rows.to(tl.pointer_type(DTYPE))[:, None] + pair[None, :]
+            first = code_place(slot[:, None], 2 * pair[None, :], CODE, ROW_BYTES, PARTS)
+            second = code_place(slot[:, None], 2 * (pair + HALF)[None, :], CODE, ROW_BYTES, PARTS)
+            values = (codes[:, None] + first).to(tl.pointer_type(DTYPE))
             x = tl.load(values, mask=inside & valid[:, None], other=0.0)
-            y = tl.load(values + HALF, mask=inside & valid[:, None], other=0.0)
+            values = (codes[:, None] + second).to(tl.pointer_type(DTYPE))
+            y = tl.load(values, mask=inside & valid[:, None], other=0.0)
         else:
-            codes = rows[:, None] + pair[None, :]
-            x = _decode_fp8(_load(codes, inside, HALF == HALF_PAD), DTYPE)
-            y = _decode_fp8(_load(codes + HALF, inside, HALF == HALF_PAD), DTYPE)
+            first = code_place(slot[:, None], pair[None, :], CODE, ROW_BYTES, PARTS)
+            second = code_place(slot[:, None], (pair + HALF)[None, :], CODE, ROW_BYTES, PARTS)
+            x = _decode_fp8(_load(codes[:, None] + first, inside, HALF == HALF_PAD), DTYPE)
+            y = _decode_fp8(_load(codes[:, None] + second, inside, HALF == HALF_PAD), DTYPE)
     return x, y
 
 

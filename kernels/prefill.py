@@ -14,6 +14,8 @@ from vllm_polarquant.format import PolarFormat
 from vllm_polarquant.kernels import tuning
 from vllm_polarquant.kernels.decode import DecoderTables
 from vllm_polarquant.kernels.page import (
+    KEY_PARTS,
+    VALUE_PARTS,
     check,
     check_cache,
     check_heads,
@@ -79,7 +81,7 @@ def _gather_kernel(
     inside = valid[:, None] & (pair < HALF)[None, :]
 
     key_points = load_lut(key_lut, KEY_CODE)
-    x, y = load_unit(page + slot * KEY_BYTES, valid, key_points, KEY_CODE, HEAD_DIM, HALF_PAD, DTYPE)
+    x, y = load_unit(page, slot, valid, key_points, KEY_CODE, KEY_BYTES, KEY_PARTS, HEAD_DIM, HALF_PAD, DTYPE)
     radius = load_radius(page, slot, valid, KEY_RADIUS_OFFSET)[:, None]
     target = key_out + (row * key_stride_token + head * key_stride_head)[:, None] + pair[None, :]
     tl.store(target, (x.to(tl.float32) * radius).to(DTYPE), mask=inside)
@@ -87,14 +89,9 @@ def _gather_kernel(
 
     value_points = load_lut(value_lut, VALUE_CODE)
     x, y = load_unit(
-        page + VALUE_OFFSET + slot * VALUE_BYTES,
-        valid,
-        value_points,
-        VALUE_CODE,
-        HEAD_DIM,
-        HALF_PAD,
-        DTYPE,
-    )
+        page + VALUE_OFFSET, slot, valid, value_points, VALUE_CODE, VALUE_BYTES, VALUE_PARTS,
+        HEAD_DIM, HALF_PAD, DTYPE,
+    )  # fmt: skip
     radius = load_radius(page, slot, valid, VALUE_RADIUS_OFFSET)[:, None]
     target = value_out + (row * value_stride_token + head * value_stride_head)[:, None]
     target += pair[None, :]

@@ -31,11 +31,15 @@ from vllm_polarquant.kernels.lanes import unpack_halves
 from vllm_polarquant.kernels.page import (
     FP8,
     INTERPRET,
+    KEY_PARTS,
+    RADII,
     RAW,
+    VALUE_PARTS,
     check,
     check_cache,
     check_heads,
     check_int,
+    code_place,
     decode_radius,
     dot,
     page_constants,
@@ -407,8 +411,17 @@ def _hadamard(rows, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(codes, rows, keep, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """Pack codes int32 [rows, HALF_PAD] as a little-endian bit stream at the row pointers."""
+def _store_codes(
+    codes,
+    region,
+    slot,
+    keep,
+    WIDTH: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Pack codes int32 [rows, HALF_PAD] as a little-endian bit stream, to the rows' slots of their pages."""
     HALF_PAD: tl.constexpr = codes.shape[1]
     GROUP: tl.constexpr = 1 if WIDTH == 8 else (2 if WIDTH == 4 else (4 if WIDTH == 6 else 8))
     GROUP_BYTES: tl.constexpr = GROUP * WIDTH // 8
@@ -421,7 +434,8 @@ def _store_codes(codes, rows, keep, WIDTH: tl.constexpr, HALF: tl.constexpr):
         word = tl.sum(groups.to(shifts.dtype) << shifts[None, None, :], axis=2)
     mask = keep[:, None] & (group < HALF // GROUP)[None, :]
     for i in tl.static_range(GROUP_BYTES):
-        pointers = rows[:, None] + group[None, :] * GROUP_BYTES + i
+        byte = (group * GROUP_BYTES + i)[None, :]
+        pointers = region[:, None] + code_place(slot[:, None], byte, WIDTH, ROW_BYTES, PARTS)
         tl.store(pointers, ((word >> (8 * i)) & 0xFF).to(tl.uint8), mask=mask)
 
 
@@ -445,6 +459,7 @@ def _encode(
     PAGE_BYTES: tl.constexpr,
     CODE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
     CODES_OFFSET: tl.constexpr,
     RADIUS_OFFSET: tl.constexpr,
     GAIN: tl.constexpr,
@@ -461,18 +476,19 @@ def _encode(
     slot = tl.where(keep, slot, 0)
     source = x + token * x_stride_token + head * x_stride_head
     page = cache + (slot // BLOCK_SIZE) * block_stride + head * PAGE_BYTES
-    place = slot % BLOCK_SIZE
-    rows = page + CODES_OFFSET + place * ROW_BYTES
-    radius_pointer = (page + RADIUS_OFFSET).to(tl.pointer_type(tl.float16)) + place
+    inside_page = (slot % BLOCK_SIZE).to(tl.int32)
+    region = page + CODES_OFFSET
+    radius_pointer = (page + RADIUS_OFFSET).to(tl.pointer_type(tl.float16)) + inside_page * RADII
 
     pair = tl.arange(0, HALF_PAD)
     mask = keep[:, None] & (pair < HALF)[None, :]
     first = tl.load(source[:, None] + pair[None, :], mask=mask, other=0.0)
     second = tl.load(source[:, None] + HALF + pair[None, :], mask=mask, other=0.0)
     if CODE == RAW:
-        raw_rows = rows.to(tl.pointer_type(x.dtype.element_ty))[:, None] + pair[None, :]
-        tl.store(raw_rows, first, mask=mask)
-        tl.store(raw_rows + HALF, second, mask=mask)
+        place = code_place(inside_page[:, None], 2 * pair[None, :], CODE, ROW_BYTES, PARTS)
+        tl.store((region[:, None] + place).to(tl.pointer_type(x.dtype.element_ty)), first, mask=mask)
+        place = code_place(inside_page[:, None], 2 * (pair + HALF)[None, :], CODE, ROW_BYTES, PARTS)
+        tl.store((region[:, None] + place).to(tl.pointer_type(x.dtype.element_ty)), second, mask=mask)
         tl.store(radius_pointer, tl.full([BLOCK_VECTORS], 1.0, tl.float16), mask=keep)
     else:
         # As integers, magnitudes sort like the floats, with infinity and NaN above all others.
@@ -539,9 +555,12 @@ def _encode(
             x1 = tl.clamp(y1 * factor, -_FP8_MAX, _FP8_MAX)
             x2 = tl.clamp(y2 * factor, -_FP8_MAX, _FP8_MAX)
             zero = usable[:, None]
-            code_rows = rows[:, None] + pair[None, :]
-            tl.store(code_rows, tl.where(zero, _encode_fp8(x1), 0).to(tl.uint8), mask=mask)
-            tl.store(code_rows + HALF, tl.where(zero, _encode_fp8(x2), 0).to(tl.uint8), mask=mask)
+            place = code_place(inside_page[:, None], pair[None, :], CODE, ROW_BYTES, PARTS)
+            codes = tl.where(zero, _encode_fp8(x1), 0).to(tl.uint8)
+            tl.store(region[:, None] + place, codes, mask=mask)
+            place = code_place(inside_page[:, None], (pair + HALF)[None, :], CODE, ROW_BYTES, PARTS)
+            codes = tl.where(zero, _encode_fp8(x2), 0).to(tl.uint8)
+            tl.store(region[:, None] + place, codes, mask=mask)
         else:
             norm = tl.maximum(tl.sqrt(tl.sum(y1 * y1 + y2 * y2, axis=1)), 1e-30)
             unit = (tl.sqrt(float(HEAD_DIM)) / norm)[:, None]
@@ -594,7 +613,7 @@ def _encode(
                 gain = 1.0 / cos
             radius = _encode_radius(amax * (norm * gain / length))
             codes = tl.where(usable[:, None], codes, 0)
-            _store_codes(codes, rows, keep, CODE, HALF)
+            _store_codes(codes, region, inside_page, keep, CODE, ROW_BYTES, PARTS, HALF)
         tl.store(radius_pointer, tl.where(usable, radius, 0.0), mask=keep)
 
 
@@ -641,13 +660,14 @@ def _store_kernel(
         _encode(
             key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors,
             rotation, key_lut, key_cells, scratch, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE, PAGE_BYTES,
-            KEY_CODE, KEY_BYTES, 0, KEY_RADIUS_OFFSET, KEY_GAIN, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
+            KEY_CODE, KEY_BYTES, KEY_PARTS, 0,
+            KEY_RADIUS_OFFSET, KEY_GAIN, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
         )  # fmt: skip
     else:
         _encode(
             value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping, num_vectors,
             rotation, value_lut, value_cells, scratch, NUM_HEADS, HEAD_DIM, HALF_PAD, BLOCK_SIZE,
-            PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_OFFSET,
+            PAGE_BYTES, VALUE_CODE, VALUE_BYTES, VALUE_PARTS, VALUE_OFFSET,
             VALUE_RADIUS_OFFSET, VALUE_GAIN, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
         )  # fmt: skip
 

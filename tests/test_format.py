@@ -57,12 +57,12 @@ def test_page_has_no_gaps(fmt):
     for start, size in (
         (0, tokens * fmt.key_bytes),
         (fmt.value_offset, tokens * fmt.value_bytes),
-        (fmt.key_radius_offset, tokens * 2),
-        (fmt.value_radius_offset, tokens * 2),
+        (fmt.key_radius_offset, tokens * 4),
     ):
         assert start == end
         assert start % 16 == 0
         end = start + size
+    assert fmt.value_radius_offset == fmt.key_radius_offset + 2
     assert end == fmt.page_bytes == tokens * fmt.slot_bytes
     assert fmt.page_bytes % 16 == 0
 
@@ -72,15 +72,47 @@ def test_default_page_in_numbers():
     assert (fmt.key_bytes, fmt.value_bytes) == (64, 48)
     assert fmt.value_offset == 2048
     assert fmt.key_radius_offset == 3584
-    assert fmt.value_radius_offset == 3648
+    assert fmt.value_radius_offset == 3586
     assert fmt.page_bytes == 3712
     assert fmt.bits_per_element == 3.625
     assert PolarFormat("polarquant_k4v4", 128, 16).ratio == pytest.approx(512 / 132)
 
 
+def lanes_shares(code_bytes, parts, runs):
+    """(token, byte) pairs of each lane, in order: what the operands of its tensor-core products hold."""
+    piece = code_bytes // runs // parts
+    for group, place in itertools.product(range(8), range(4)):
+        tokens = (group, group + 8)
+        part = place
+        if parts == 8:
+            tokens = (2 * place, 2 * place + 1, 2 * place + 8, 2 * place + 9)
+            part = group
+        starts = [run * code_bytes // runs + part * piece for run in range(runs)]
+        yield [(t, b) for t in tokens for start in starts for b in range(start, start + piece)]
+
+
+@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=lambda fmt: fmt.cache_id)
+def test_codes_lie_as_lanes_read_them(fmt):
+    for vector, size, parts, places in (
+        (fmt.key, fmt.key_bytes, 4, fmt.key_places),
+        (fmt.value, fmt.value_bytes, 8, fmt.value_places),
+    ):
+        if size % 8:
+            memory = list(itertools.product(range(16), range(size)))
+        else:
+            shares = list(lanes_shares(size, parts, vector.runs))
+            memory = []
+            while shares[0]:
+                width = next(w for w in (16, 8, 4) if len(shares[0]) >= w)
+                for share in shares:
+                    memory += share[:width]
+                    del share[:width]
+        assert [places[token][byte] for token, byte in memory] == list(range(16 * size))
+
+
 def test_cache_id_tells_formats_apart():
     assert len({fmt.cache_id for fmt in EVERY_FORMAT}) == len(EVERY_FORMAT)
-    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v2-d128-b16-s42"
+    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v3-d128-b16-s42"
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,12 @@ from vllm_polarquant.codec import (
 )
 from vllm_polarquant.format import (
     HEAD_DIMS,
+    KEY_PARTS,
     LOSSLESS,
+    VALUE_PARTS,
     PolarFormat,
 )
-from vllm_polarquant.kernels import decode, store, tuning
+from vllm_polarquant.kernels import decode, page, store, tuning
 from vllm_polarquant.kernels.decode import DecodeWorkspace, decode_attention, make_schedule
 from vllm_polarquant.kernels.prefill import gather_prefix, merge_prefix
 from vllm_polarquant.kernels.rotate import rotate
@@ -286,6 +288,30 @@ def test_a_lossless_page_holds_the_bits(device):
     for x, codes in ((key, views.key_codes), (value, views.value_codes)):
         stored = codes[0, :, :5].transpose(0, 1).contiguous().view(torch.int16)
         assert torch.equal(stored, x.view(torch.int16))
+
+
+@triton.jit
+def code_place_kernel(
+    out, TOKENS: tl.constexpr, PAD: tl.constexpr, CODE: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr
+):
+    slot, byte = tl.arange(0, TOKENS)[:, None], tl.arange(0, PAD)[None, :]
+    place = page.code_place(slot, byte, CODE, ROW, PARTS)
+    tl.store(out + slot * ROW + byte, place, mask=byte < ROW)
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_code_places(preset, head_dim, device):
+    fmt = PolarFormat(preset, head_dim, 32)
+    for vector, size, parts, places in (
+        (fmt.key, fmt.key_bytes, KEY_PARTS, fmt.key_places),
+        (fmt.value, fmt.value_bytes, VALUE_PARTS, fmt.value_places),
+    ):
+        have = torch.empty(32, size, dtype=torch.int32, device=device)
+        pad = triton.next_power_of_2(size)
+        code_place_kernel[(1,)](have, 32, pad, page.vector_code(vector), size, parts)
+        want = torch.tensor(places, dtype=torch.int32, device=device)
+        assert torch.equal(have, torch.cat([want, want + 16 * size]))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

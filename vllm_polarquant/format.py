@@ -2,20 +2,22 @@
 
 A page is the run of bytes that one (block, kv head) owns. With N tokens a block it holds, in order,
 
-    K codes [N, key.code_bytes]    V codes [N, value.code_bytes]    K radii [N] f16    V radii [N] f16
+    K codes [N, key.code_bytes]    V codes [N, value.code_bytes]    radii [N, 2] f16, K's and V's of a token
 
-and every region is contiguous, so that kernels load 16 bytes at a time. The pages of one block stand
-side by side, head after head, whatever the order of dims in which vLLM thinks of the block: nobody
-else reads its inside. Standard library only.
+and every region is contiguous. Codes of 16 tokens, a chunk, lie in the order in which the lanes of a warp
+take them (`code_places`), so that each loads 16 bytes at a time beside its neighbours'. The pages of one
+block stand side by side, head after head, whatever the order of dims in which vLLM thinks of the block:
+nobody else reads its inside. Standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, Protocol
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Changes whenever the same bytes would decode to other vectors. Part of every cache identity."""
 
 SEED = 42
@@ -25,7 +27,13 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 SCALAR_BITS = 8.0
 RADIUS_BYTES = 2
+RADIUS_STRIDE = 2 * RADIUS_BYTES
+"""Bytes from the radius of one token's key, or value, to the next token's."""
+
 BLOCK_SIZE_MULTIPLE = 16
+
+KEY_PARTS, VALUE_PARTS = 4, 8
+"""Lanes that share a key and a value in a tensor core's operands: quarters of a key, eighths of a value."""
 
 MIN_FIT_GAIN = 0.981
 """A least-squares radius never shortens a vector by more than this factor."""
@@ -79,6 +87,11 @@ class VectorFormat:
         return self.kind != "raw"
 
     @property
+    def runs(self) -> int:
+        """Runs of a vector's codes: codes of pairs, or coordinates x of all pairs and then y."""
+        return 2 if self.kind in ("fp8", "raw") else 1
+
+    @property
     def pair_bits(self) -> int:
         """Bits of the code of one pair of coordinates."""
         return int(2 * self.bits)
@@ -96,6 +109,46 @@ class VectorFormat:
                 f"{self.bits:g} bits x head_dim {head_dim} is not a whole number of bytes"
             )
         return half_bits // 16
+
+
+@cache
+def code_places(code_bytes: int, parts: int, runs: int) -> tuple[tuple[int, ...], ...]:
+    """Where each byte of 16 vectors' codes lies, from the first byte of the 16 on: [token][byte].
+
+    A lane (group g of eight, place t of four) has, one after the other, its part of each of its tokens: of
+    keys, quarter t of tokens g and g + 8; of values, eighth g of tokens 2t, 2t + 1, 2t + 8 and 2t + 9.
+    These shares of code_bytes / 2 lie in planes, each with 16 bytes of every lane; what then remains, in
+    planes of 8 and of 4 bytes. So a warp's loads are of neighbouring bytes, in the registers that its
+    tensor-core products take (PTX ISA, fragments of mma.m16n8k16). Where shares are no whole words, the 16
+    vectors lie one after the other instead.
+
+    Args:
+        code_bytes: of one vector.
+        parts: KEY_PARTS or VALUE_PARTS.
+        runs: into how many runs a part is cut: 1, or 2 where coordinates x and y of pairs lie apart.
+    """
+    if code_bytes % 8:
+        return tuple(tuple(range(s * code_bytes, (s + 1) * code_bytes)) for s in range(16))
+    words = code_bytes // 8
+    planes = [4] * (words // 4) + [width for width in (2, 1) if words % 4 & width]
+    starts = [sum(planes[:i]) for i in range(len(planes))]
+    plane_of = [i for i, width in enumerate(planes) for _ in range(width)]
+    run_bytes = code_bytes // runs
+    piece = run_bytes // parts
+
+    def place(token: int, byte: int) -> int:
+        run, inside = divmod(byte, run_bytes)
+        part, rest = divmod(inside, piece)
+        half, eighth = divmod(token, 8)
+        if parts == KEY_PARTS:
+            lane, turn = 4 * eighth + part, half
+        else:
+            lane, turn = 4 * part + eighth // 2, 2 * half + eighth % 2
+        word, odd = divmod((turn * runs + run) * piece + rest, 4)
+        plane = plane_of[word]
+        return 4 * (32 * starts[plane] + lane * planes[plane] + word - starts[plane]) + odd
+
+    return tuple(tuple(place(s, b) for b in range(code_bytes)) for s in range(16))
 
 
 def _polar(bits: float, gain: Gain = "norm") -> VectorFormat:
@@ -169,6 +222,16 @@ class PolarFormat:
         return self.value.code_bytes(self.head_dim)
 
     @property
+    def key_places(self) -> tuple[tuple[int, ...], ...]:
+        """Where bytes of keys lie in a chunk of 16 tokens: `code_places`."""
+        return code_places(self.key_bytes, KEY_PARTS, self.key.runs)
+
+    @property
+    def value_places(self) -> tuple[tuple[int, ...], ...]:
+        """Where bytes of values lie in a chunk of 16 tokens: `code_places`."""
+        return code_places(self.value_bytes, VALUE_PARTS, self.value.runs)
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes one token takes in one kv head, radii included; there is no padding."""
         return self.key_bytes + self.value_bytes + 2 * RADIUS_BYTES
@@ -180,7 +243,7 @@ class PolarFormat:
 
     @property
     def value_offset(self) -> int:
-        """Offset of the V codes in a page, as the next two: of the radii of K and of V."""
+        """Offset of the V codes in a page, as the next two: of the first radii of K and of V."""
         return self.block_size * self.key_bytes
 
     @property
@@ -189,7 +252,7 @@ class PolarFormat:
 
     @property
     def value_radius_offset(self) -> int:
-        return self.key_radius_offset + self.block_size * RADIUS_BYTES
+        return self.key_radius_offset + RADIUS_BYTES
 
     @property
     def bits_per_element(self) -> float:

@@ -5,23 +5,57 @@ Written to be read and believed, not to be fast: it loops over requests. Nothing
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_polarquant.codec import decode, encode
-from vllm_polarquant.format import PolarFormat, dense_block_stride
+from vllm_polarquant.format import RADIUS_STRIDE, PolarFormat, dense_block_stride
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A region of codes, read and written as if it were uint8 [B, H, N, code_bytes], never copied whole.
+
+    region: uint8 [B, H, N * code_bytes]. places: int64 [N, code_bytes], where in it each token's bytes lie.
+    """
+
+    region: torch.Tensor
+    places: torch.Tensor
+
+    @classmethod
+    def of(cls, region: torch.Tensor, chunk: tuple[tuple[int, ...], ...]) -> Codes:
+        """chunk: PolarFormat.key_places or value_places."""
+        places = torch.tensor(chunk, device=region.device)
+        chunks = region.shape[-1] // places.numel()
+        starts = torch.arange(chunks, device=region.device) * places.numel()
+        return cls(region, (starts[:, None, None] + places).flatten(0, 1))
+
+    def _bytes(self, index: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        blocks, heads, _ = self.region.shape
+        tokens = len(self.places)
+        number = torch.arange(blocks * heads * tokens, device=self.region.device)
+        chosen = number.view(blocks, heads, tokens)[index][..., None]
+        head = chosen // tokens % heads
+        return chosen // (heads * tokens), head, self.places[chosen[..., 0] % tokens]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.region[self._bytes(index)]
+
+    def __setitem__(self, index: Any, codes: torch.Tensor | int) -> None:
+        self.region[self._bytes(index)] = codes
 
 
 class PageViews(NamedTuple):
     """Views of a cache, B blocks, H kv heads, N tokens a block; writing to them writes pages.
 
-    key_codes uint8 [B, H, N, key_bytes], value_codes uint8 [B, H, N, value_bytes],
+    key_codes as uint8 [B, H, N, key_bytes], value_codes as uint8 [B, H, N, value_bytes],
     key_radius and value_radius float16 [B, H, N].
     """
 
-    key_codes: torch.Tensor
-    value_codes: torch.Tensor
+    key_codes: Codes
+    value_codes: Codes
     key_radius: torch.Tensor
     value_radius: torch.Tensor
 
@@ -40,13 +74,14 @@ def page_views(cache: torch.Tensor, fmt: PolarFormat) -> PageViews:
     pages = cache.as_strided((blocks, heads, fmt.page_bytes), (block_stride, fmt.page_bytes, 1))
 
     def region(start: int, width: int) -> torch.Tensor:
-        return pages[..., start : start + tokens * width].unflatten(-1, (tokens, width))
+        return pages[..., start : start + tokens * width]
 
+    radii = region(fmt.key_radius_offset, RADIUS_STRIDE).view(torch.float16).unflatten(-1, (tokens, 2))
     return PageViews(
-        region(0, fmt.key_bytes),
-        region(fmt.value_offset, fmt.value_bytes),
-        region(fmt.key_radius_offset, 2).view(torch.float16).squeeze(-1),
-        region(fmt.value_radius_offset, 2).view(torch.float16).squeeze(-1),
+        Codes.of(region(0, fmt.key_bytes), fmt.key_places),
+        Codes.of(region(fmt.value_offset, fmt.value_bytes), fmt.value_places),
+        radii[..., 0],
+        radii[..., 1],
     )
 
 
