@@ -427,19 +427,15 @@ def kept(old: Report, new: Report) -> Report:
     ours = "vllm-polarquant"
 
     def conditions(found: Report) -> dict[str, Any]:
-        machine = {
-            k: v for k, v in found["environment"].items() if k not in ("date", ours) and "clock" not in k
-        }
         # As JSON gives it back.
         plan = json.loads(json.dumps(found["plan"]))
         # The shipped model lies elsewhere in a wheel and in a checkout.
         model = {"model": Path(plan["model"]).name}
+        machine = report.machine(found)
+        machine.pop(ours, None)
         return machine | {k: v for k, v in plan.items() if k != "limit_s"} | model
 
-    before, now = conditions(old), conditions(new)
-    if other := [name for name in before | now if before.get(name) != now.get(name)]:
-        what = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in other)
-        raise typer.BadParameter(f"--keep: the earlier report was made with another {what}")
+    report.check_same(conditions(old), conditions(new))
     runs = old["runs"]
     if old["environment"].get(ours) != new["environment"].get(ours):
         runs = {name: run for name, run in runs.items() if name not in PRESETS}
@@ -515,10 +511,7 @@ def main(
         "runs": {},
     }
     if keep:
-        earlier = report.path_of(out, "json")
-        if not earlier.is_file():
-            raise typer.BadParameter(f"--keep: there is no {earlier}")
-        found = kept(json.loads(earlier.read_text()), found)
+        found = kept(report.earlier(out), found)
     for dtype in dtypes.split(","):
         console.print(f"[bold]{dtype}[/]")
         run = _run(dtype, plan, report.path_of(out, f"{dtype}.part"), limit)

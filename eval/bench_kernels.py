@@ -343,6 +343,22 @@ def _print(console: Console, found: Report) -> None:
         console.print(report.markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
 
 
+def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list[Job]]:
+    """`new`, still without cells, behind what an earlier report has measured, and the jobs that it lacks.
+
+    Raises:
+        typer.BadParameter: naming what differs, if they cannot stand in one table.
+    """
+    report.check_same(report.machine(old), report.machine(new))
+    cells = [cell for cell in old["cells"] if "median" in cell["result"]]
+    measured = {(cell["op"], cell["label"], cell["name"]) for cell in cells}
+    names = old["contenders"] + [name for name in new["contenders"] if name not in old["contenders"]]
+    both = {
+        **old, "contenders": names, "cells": cells, "command": f"{old['command']} && {new['command']}"
+    }  # fmt: skip
+    return both, [job for job in todo if (job[0].op, job[0].label, job[1]) not in measured]
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png files.")] = Path("bench-kernels"),
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run on tiny shapes.")] = "cuda",
@@ -359,6 +375,9 @@ def main(
     ),
     budget_ms: Annotated[float, typer.Option(help="Time of the repeats of one cell.")] = 40.0,
     limit: Annotated[float, typer.Option(help="Seconds a cell may take, compilation included.")] = 40.0,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Go on with the report at --out: measure only what it lacks.")
+    ] = False,
     render: Annotated[Path | None, typer.Option(help="Only redraw this JSON report to --out.")] = None,
 ) -> None:
     """Measure the grid; a cell that fails is reported in its place, and the rest are finished."""
@@ -392,6 +411,8 @@ def main(
         "bandwidth": {},
         "cells": [],
     }
+    if keep:
+        found, todo = resumed(report.earlier(out), found, todo)
     for kind, what, result in measure(todo, device, budget_ms, limit):
         if kind == "limits":
             found["environment"] |= result.pop("state", {})

@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import vllm_polarquant
 from vllm_polarquant.format import FORMAT_VERSION
 
@@ -76,6 +78,27 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found | {"date": date.today().isoformat()}
+
+
+def earlier(stem: Path) -> Report:
+    """The JSON report that --keep is to add to; raises typer.BadParameter if there is none."""
+    path = path_of(stem, "json")
+    if not path.is_file():
+        raise typer.BadParameter(f"--keep: there is no {path}")
+    return json.loads(path.read_text())
+
+
+def machine(found: Report) -> dict[str, Any]:
+    """What of a report's environment must be the same for measurements to stand in one table."""
+    moving = ("date", "clock", "bandwidth")
+    return {k: v for k, v in found["environment"].items() if not any(word in k for word in moving)}
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise typer.BadParameter naming what differs, if anything does."""
+    if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        what = "; ".join(f"{name}: {before.get(name)}, now {now.get(name)}" for name in other)
+        raise typer.BadParameter(f"--keep: the earlier report was made with another {what}")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

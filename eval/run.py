@@ -28,6 +28,7 @@ from vllm_polarquant.format import DEFAULT_PRESET
 BASELINE = "auto"
 PROBE = "probe"
 FAILED, BAD_INPUT = 1, 2
+CUT_SHORT = "the run was cut short before it was done"
 WORKER = [sys.executable, "-m", "vllm_polarquant.eval.worker"]
 Show = Callable[[dict[str, Any]], dict[str, str]]
 
@@ -283,6 +284,9 @@ def main(
         progress.update(task, description=f"{dtype}: {'done' if not plan.missing(dtype) else 'failed'}")
         return {(dtype, name): why for name, why in failed.items()}
 
+    # What a report says of cells without results, should this run not come to its end.
+    unfinished = {(dtype, cell.name): CUT_SHORT for dtype in names for cell in plan.missing(dtype)}
+    accuracy.note_run(out, left_out, unfinished)
     with Progress(*bars, console=Console(stderr=True)) as progress, ThreadPoolExecutor(len(places)) as pool:
         # The others are compared with the baseline while they run.
         failures |= measure(BASELINE)

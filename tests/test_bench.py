@@ -402,6 +402,24 @@ def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_
     assert [row[2] for row in memory.rows[2:]] == ["exceeded 300 s", "90 s are left"]
 
 
+def test_a_kernel_report_goes_on_where_it_stopped() -> None:
+    old = kernel_report()
+    case = Case("decode", 32, 16384)
+    todo = [(case, name) for name in ("auto", K4V4)] + [(replace(case, batch=3), "auto")]
+    old["cells"] = [
+        {"op": "decode", "label": case.label, "name": "auto", "result": {"median": 1.0}},
+        {"op": "decode", "label": case.label, "name": K4V4, "result": {"error": "slow"}},
+    ]
+    new = {**old, "command": "again", "contenders": ["auto", "fp8"], "cells": []}
+    both, left = bench_kernels.resumed(old, new, todo)
+    assert left == todo[1:]
+    assert both["cells"] == old["cells"][:1]
+    assert both["contenders"] == [*old["contenders"], *({"fp8"} - {*old["contenders"]})]
+    assert both["command"] == f"{old['command']} && again"
+    with pytest.raises(typer.BadParameter, match="torch: "):
+        bench_kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
+
+
 def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
     old: dict[str, Any] = {
         "environment": {"device": "H200", "SM clock": "1980 MHz", "date": "2026-11-24"},

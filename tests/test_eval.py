@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import threading
@@ -298,6 +299,22 @@ def test_only_the_cells_that_were_asked_for_run(tmp_path: Path, monkeypatch: pyt
     )
     CliRunner().invoke(app, ["probe", "--only", "greedy, text", "--out", str(tmp_path)])
     assert asked == [["text", "greedy"]]
+
+
+def test_a_run_that_is_cut_short_leaves_what_it_lacks(
+    plan: run.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(plan: run.Plan, dtype: str, *_: Any) -> dict[str, str]:
+        if dtype != "auto":
+            raise KeyboardInterrupt
+        store(plan, dtype, "text", {})
+        return {}
+
+    monkeypatch.setattr(run, "run_dtype", stop)
+    command = ["probe", "--only", "text", "--kv-cache-dtypes", "polarquant_k4v4", "--out", str(plan.folder)]
+    assert CliRunner().invoke(app, command).exit_code != 0
+    left = json.loads((plan.folder / "run.json").read_text())["failed"]
+    assert {"dtype": "polarquant_k4v4", "cell": "text", "reason": run.CUT_SHORT} in left
 
 
 def test_dtypes_are_spread_over_gpus_after_the_baseline(
