@@ -21,6 +21,7 @@ from numba import njit, prange
 
 from vllm_polarquant.codec import Tables, by_largest, encode
 from vllm_polarquant.format import (
+    BLOCK_SIZE_MULTIPLE,
     CELL_CANDIDATES,
     CELL_GRID,
     CELLS_PER_UNIT,
@@ -58,7 +59,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
 POLAR, FP8, RAW = 0, 1, 2
 _KINDS = {"polar": POLAR, "fp8": FP8, "raw": RAW}
 _GAINS = {"norm": 0, "unbiased": 1, "fit": 2}
-_CHUNK = 16
+_CHUNK = BLOCK_SIZE_MULTIPLE
 _TILE = 64
 _PREFIX_TOKENS = 4096
 _NO_MASS = np.float32(-1e30)

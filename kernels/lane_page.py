@@ -42,7 +42,7 @@ def _part_words(code, pairs):
 
 
 @triton.constexpr_function
-def part_stride(code, pairs, row_bytes):
+def _part_stride(code, pairs, row_bytes):
     """Bits from a lane's part of one vector to its part of the next, in the words of `load_share`."""
     return 32 * _part_words(code, pairs) if row_bytes % 8 else _part_bits(code, pairs) * code_runs(code)
 
@@ -131,7 +131,7 @@ def link(
         last = ()
         for turn in tl.static_range(TURNS):
             last = last + (
-                _word_before(words, turn * part_stride(CODE, PAIRS, ROW_BYTES) + _part_bits(CODE, PAIRS)),
+                _word_before(words, turn * _part_stride(CODE, PAIRS, ROW_BYTES) + _part_bits(CODE, PAIRS)),
             )
         # A byte of each is enough, and one shuffle for all.
         bytes_before = tl.where(first, 0, shuffle_up(upper_bytes(last), DELTA))
@@ -192,7 +192,7 @@ def unit(
     words, before: of `load_share` and `link`, with PAIRS pairs a part. lut, FIRST, COPIES: as in
     `lanes.look_up`. 0 where PAIR >= PAIRS.
     """
-    BASE: tl.constexpr = TURN * part_stride(CODE, PAIRS, ROW_BYTES)
+    BASE: tl.constexpr = TURN * _part_stride(CODE, PAIRS, ROW_BYTES)
     if PAIR >= PAIRS:
         return tl.zeros(lane.shape, tl.uint32)
     elif CODE == FP8:

@@ -185,14 +185,14 @@ def code_place(slot, byte, CODE: tl.constexpr, ROW_BYTES: tl.constexpr, PARTS: t
         eighth = slot % 8
         if PARTS == KEY_PARTS:
             lane = 4 * eighth + part
-            turn = half + byte * 0
+            turn = half
         else:
             lane = 4 * part + eighth // 2
-            turn = 2 * half + eighth % 2 + byte * 0
+            turn = 2 * half + eighth % 2
         at = (turn * RUNS + byte // RUN_BYTES) * PIECE + byte % PIECE
         word = at // 4
         start = word // 4 * 4
-        width = start * 0 + 4
+        width = 4
         if REST > 0:
             # Planes of 8 and of 4 bytes.
             width = tl.where(start == 4 * PLANES, 2 if REST >= 2 else 1, 4)

@@ -410,11 +410,11 @@ def test_a_kernel_report_goes_on_where_it_stopped() -> None:
         {"op": "decode", "label": case.label, "name": "auto", "result": {"median": 1.0}},
         {"op": "decode", "label": case.label, "name": K4V4, "result": {"error": "slow"}},
     ]
-    new = {**old, "command": "again", "contenders": ["auto", "fp8"], "cells": []}
+    new = {**old, "command": "again", "contenders": ["auto", "polarquant_k3v3"], "cells": []}
     both, left = bench_kernels.resumed(old, new, todo)
     assert left == todo[1:]
     assert both["cells"] == old["cells"][:1]
-    assert both["contenders"] == [*old["contenders"], *({"fp8"} - {*old["contenders"]})]
+    assert both["contenders"] == [*old["contenders"], "polarquant_k3v3"]
     assert both["command"] == f"{old['command']} && again"
     with pytest.raises(typer.BadParameter, match="torch: "):
         bench_kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
