@@ -178,29 +178,39 @@ def code_place(slot, byte, CODE: tl.constexpr, ROW_BYTES: tl.constexpr, PARTS: t
         RUNS: tl.constexpr = code_runs(CODE)
         RUN_BYTES: tl.constexpr = ROW_BYTES // RUNS
         PIECE: tl.constexpr = RUN_BYTES // PARTS
+        TURN: tl.constexpr = RUNS * PIECE
         PLANES: tl.constexpr = ROW_BYTES // 32
         REST: tl.constexpr = ROW_BYTES // 8 % 4
         part = byte % RUN_BYTES // PIECE
         half = slot % 16 // 8
         eighth = slot % 8
         if PARTS == KEY_PARTS:
-            lane = 4 * eighth + part
+            lane_of_slot, lane_of_byte = 4 * eighth, part
             turn = half
         else:
-            lane = 4 * part + eighth // 2
+            lane_of_slot, lane_of_byte = eighth // 2, 4 * part
             turn = 2 * half + eighth % 2
-        at = (turn * RUNS + byte // RUN_BYTES) * PIECE + byte % PIECE
-        word = at // 4
-        start = word // 4 * 4
-        width = 4
-        if REST > 0:
-            # Planes of 8 and of 4 bytes.
-            width = tl.where(start == 4 * PLANES, 2 if REST >= 2 else 1, 4)
-        if REST == 3:
-            last = word == 4 * PLANES + 2
-            start = tl.where(last, word, start)
-            width = tl.where(last, 1, width)
-        return slot // 16 * (16 * ROW_BYTES) + (32 * start + lane * width + word - start) * 4 + at % 4
+        chunk = slot // 16 * (16 * ROW_BYTES)
+        at_of_slot = turn * TURN
+        at_of_byte = byte // RUN_BYTES * PIECE + byte % PIECE
+        if REST == 0 and (TURN % 16 == 0 or TURN == 8 or TURN == 4):
+            # Turns begin or end with planes: a sum of what the slot says and what the byte says.
+            return (chunk + at_of_slot + at_of_slot // 16 * 496 + lane_of_slot * 16) + (
+                at_of_byte + at_of_byte // 16 * 496 + lane_of_byte * 16
+            )
+        else:
+            at = at_of_slot + at_of_byte
+            lane = lane_of_slot + lane_of_byte
+            start = at // 16 * 4
+            stride = 16
+            if REST > 0:
+                # Planes of 8 and of 4 bytes.
+                stride = tl.where(at >= 16 * PLANES, 8 if REST >= 2 else 4, 16)
+            if REST == 3:
+                last = at >= 16 * PLANES + 8
+                start = tl.where(last, 4 * PLANES + 2, start)
+                stride = tl.where(last, 4, stride)
+            return chunk + at + start * 124 + lane * stride
 
 
 @triton.constexpr_function

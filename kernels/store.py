@@ -7,6 +7,7 @@ codec.search_cells names, narrow ones all.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -411,32 +412,53 @@ def _hadamard(rows, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _shifted(code, LEFT: tl.constexpr):
+    return code << LEFT if LEFT >= 0 else code >> -LEFT
+
+
+@triton.constexpr_function
+def _integer(size):
+    """The integer type of 1, 2, 4 or 8 bytes."""
+    return {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[size]
+
+
+@triton.constexpr_function
+def _unit_bytes(width, row_bytes, parts):
+    """Bytes of a vector's codes that are stored at once: a divisor of the `width` bytes of eight codes.
+
+    A lane's part of a vector (format.code_places) is whole units, so that none is cut.
+    """
+    whole = row_bytes if row_bytes % 8 else row_bytes // parts
+    return math.gcd(width, whole, 8)
+
+
+@triton.jit
 def _store_codes(
     codes,
     region,
     slot,
+    group,
     keep,
     WIDTH: tl.constexpr,
     ROW_BYTES: tl.constexpr,
     PARTS: tl.constexpr,
-    HALF: tl.constexpr,
 ):
-    """Pack codes int32 [rows, HALF_PAD] as a little-endian bit stream, to the rows' slots of their pages."""
-    HALF_PAD: tl.constexpr = codes.shape[1]
-    GROUP: tl.constexpr = 1 if WIDTH == 8 else (2 if WIDTH == 4 else (4 if WIDTH == 6 else 8))
-    GROUP_BYTES: tl.constexpr = GROUP * WIDTH // 8
-    group = tl.arange(0, HALF_PAD // GROUP)
-    if GROUP == 1:
-        word = codes
-    else:
-        shifts = (tl.arange(0, GROUP) * WIDTH).to(tl.int64 if GROUP == 8 else tl.int32)
-        groups = tl.reshape(codes, [codes.shape[0], HALF_PAD // GROUP, GROUP])
-        word = tl.sum(groups.to(shifts.dtype) << shifts[None, None, :], axis=2)
-    mask = keep[:, None] & (group < HALF // GROUP)[None, :]
-    for i in tl.static_range(GROUP_BYTES):
-        byte = (group * GROUP_BYTES + i)[None, :]
-        pointers = region[:, None] + code_place(slot[:, None], byte, WIDTH, ROW_BYTES, PARTS)
-        tl.store(pointers, ((word >> (8 * i)) & 0xFF).to(tl.uint8), mask=mask)
+    """Store eight codes, int32 [rows, groups] each, as WIDTH bytes of a little-endian bit stream.
+
+    They go to byte group * WIDTH and on of the rows' slots. region: pointers to the codes of the rows' pages,
+    [rows, 1]. slot: [rows, 1]. group: [1, groups].
+    """
+    UNIT: tl.constexpr = _unit_bytes(WIDTH, ROW_BYTES, PARTS)
+    BITS: tl.constexpr = 8 * UNIT
+    dtype: tl.constexpr = tl.int64 if UNIT == 8 else tl.int32
+    stored: tl.constexpr = _integer(UNIT)
+    for unit in tl.static_range(WIDTH // UNIT):
+        word = tl.zeros(codes[0].shape, dtype)
+        for i in tl.static_range(8):
+            if WIDTH * (i + 1) > BITS * unit and WIDTH * i < BITS * (unit + 1):
+                word |= _shifted(codes[i].to(dtype), WIDTH * i - BITS * unit)
+        place = code_place(slot, group * WIDTH + unit * UNIT, WIDTH, ROW_BYTES, PARTS)
+        tl.store((region + place).to(tl.pointer_type(stored)), word.to(stored), mask=keep)
 
 
 @triton.jit
@@ -583,28 +605,36 @@ def _encode(
             _search(scratch, cells, BLOCK_VECTORS, HALF, HALF_PAD, CODE, DTYPE, AT_ONCE)
             tl.debug_barrier()
 
-            # Coordinates are read back, as those in registers would leave few for the search.
-            x1, x2 = unpack_halves(_get(scratch, place), tl.float16)
-            inside = (pair < HALF)[None, :]
-            window = tl.minimum(pair // _WINDOW, WINDOWS - 1)[None, :]
-            states = _get(scratch, PLACES[1] + window * BLOCK_VECTORS + row)
-            states = states >> ((pair % _WINDOW ^ (_WINDOW - 1)) * BITS)[None, :]
-            new, old = states & ((1 << BITS) - 1), (states >> BITS) & ((1 << BITS) - 1)
-            tried = _row(cells, x1, x2, new, CODE)
-            window = _branch(tried, new, old, 0, CODE)
-            point = _get(scratch, window)
-            least = _cost(point, x1, x2, True, DTYPE)
-            for i in tl.static_range(1, TRIED):
-                other_window = _branch(tried, new, old, i, CODE)
-                other_point = _get(scratch, other_window)
-                cost = _cost(other_point, x1, x2, True, DTYPE)
-                window = tl.where(cost < least, other_window, window)
-                point = tl.where(cost < least, other_point, point)
-                least = tl.minimum(cost, least)
-            codes = window >> BITS
-            px, py = unpack_halves(point, DTYPE)
-            length = tl.sqrt(tl.sum(tl.where(inside, px * px + py * py, 0.0), axis=1))
-            product = tl.sum(tl.where(inside, x1 * px + x2 * py, 0.0), axis=1)
+            # Eight pairs a lane, one after the other, so that it has whole bytes of codes. Coordinates are
+            # read back, as those in registers would leave few for the search.
+            group = tl.arange(0, HALF_PAD // _WINDOW)[None, :]
+            inside = group < WINDOWS
+            states = _get(scratch, PLACES[1] + tl.minimum(group, WINDOWS - 1) * BLOCK_VECTORS + row)
+            square = tl.zeros([BLOCK_VECTORS, HALF_PAD // _WINDOW], tl.float32)
+            product = square
+            codes = ()
+            for i in tl.static_range(_WINDOW):
+                own = _get(scratch, PLACES[0] + (group * _WINDOW + i) * BLOCK_VECTORS + row)
+                x1, x2 = unpack_halves(own, tl.float16)
+                new = (states >> ((_WINDOW - 1 - i) * BITS)) & ((1 << BITS) - 1)
+                old = (states >> ((_WINDOW - i) * BITS)) & ((1 << BITS) - 1)
+                tried = _row(cells, x1, x2, new, CODE)
+                window = _branch(tried, new, old, 0, CODE)
+                point = _get(scratch, window)
+                least = _cost(point, x1, x2, True, DTYPE)
+                for other in tl.static_range(1, TRIED):
+                    other_window = _branch(tried, new, old, other, CODE)
+                    other_point = _get(scratch, other_window)
+                    cost = _cost(other_point, x1, x2, True, DTYPE)
+                    window = tl.where(cost < least, other_window, window)
+                    point = tl.where(cost < least, other_point, point)
+                    least = tl.minimum(cost, least)
+                px, py = unpack_halves(point, DTYPE)
+                square += px * px + py * py
+                product += x1 * px + x2 * py
+                codes = codes + (tl.where(usable[:, None], window >> BITS, 0),)
+            length = tl.sqrt(tl.sum(tl.where(inside, square, 0.0), axis=1))
+            product = tl.sum(tl.where(inside, product, 0.0), axis=1)
             cos = product / (length * tl.sqrt(float(HEAD_DIM)))
             gain = tl.full([BLOCK_VECTORS], 1.0, tl.float32)
             if GAIN == "fit":
@@ -612,8 +642,10 @@ def _encode(
             elif GAIN == "unbiased":
                 gain = 1.0 / cos
             radius = _encode_radius(amax * (norm * gain / length))
-            codes = tl.where(usable[:, None], codes, 0)
-            _store_codes(codes, region, inside_page, keep, CODE, ROW_BYTES, PARTS, HALF)
+            _store_codes(
+                codes, region[:, None], inside_page[:, None], group, keep[:, None] & inside,
+                CODE, ROW_BYTES, PARTS,
+            )  # fmt: skip
         tl.store(radius_pointer, tl.where(usable, radius, 0.0), mask=keep)
 
 
