@@ -442,7 +442,7 @@ def kept(old: Report, new: Report) -> Report:
     version = {k: v for k, v in new["environment"].items() if k == ours}
     return {
         **old,
-        "environment": old["environment"] | version,
+        "environment": old["environment"] | version | report.dates(old, new),
         "runs": runs,
         "command": f"{old['command']} && {new['command']}",
     }

@@ -354,8 +354,12 @@ def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list
     measured = {(cell["op"], cell["label"], cell["name"]) for cell in cells}
     names = old["contenders"] + [name for name in new["contenders"] if name not in old["contenders"]]
     both = {
-        **old, "contenders": names, "cells": cells, "command": f"{old['command']} && {new['command']}"
-    }  # fmt: skip
+        **old,
+        "environment": old["environment"] | report.dates(old, new),
+        "contenders": names,
+        "cells": cells,
+        "command": f"{old['command']} && {new['command']}",
+    }
     return both, [job for job in todo if (job[0].op, job[0].label, job[1]) not in measured]
 
 

@@ -47,6 +47,9 @@ _REASON = 80
 _CROWDED = 6
 """Groups of bars from which a panel takes the figure's whole width."""
 
+_LETTERS = 50
+"""Letters of a panel's labels from which they are tilted."""
+
 
 def gpu_state(line: str) -> dict[str, str]:
     """One line of NVIDIA_SMI's output, by name."""
@@ -92,6 +95,12 @@ def machine(found: Report) -> dict[str, Any]:
     """What of a report's environment must be the same for measurements to stand in one table."""
     moving = ("date", "clock", "bandwidth")
     return {k: v for k, v in found["environment"].items() if not any(word in k for word in moving)}
+
+
+def dates(before: Report, now: Report) -> dict[str, str]:
+    """The days on which a report was made that goes on with an earlier one, as a part of its environment."""
+    days = [*before["environment"]["date"].split(", "), now["environment"]["date"]]
+    return {"date": ", ".join(dict.fromkeys(days))}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -223,7 +232,8 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             axes.bar([x for x, _ in drawn], [y for _, y in drawn], width, label=name)
         if panel.line is not None:
             axes.axhline(panel.line, color="black", linewidth=0.8, linestyle="--")
-        tilt = {"rotation": 20, "ha": "right"} if len(panel.labels) > _CROWDED else {}
+        long = len(panel.labels) > _CROWDED or sum(map(len, panel.labels)) > _LETTERS
+        tilt = {"rotation": 20, "ha": "right"} if long else {}
         axes.set_xticks(range(len(panel.labels)), panel.labels, fontsize=8, **tilt)
         axes.set_ylabel(panel.ylabel)
         axes.set_title(panel.title, fontsize=10)

@@ -304,7 +304,10 @@ def kernel_report() -> dict[str, Any]:
             cells.append({"op": "decode", "label": case.label, "name": name, "result": result})
     bandwidth = {"copy": {"median": 4.0e12}, "read": {"median": 4.4e12}}
     names = ["auto", "fp8", "int4_per_token_head", K4V4]
-    return {"environment": {}, "command": "", "contenders": names, "bandwidth": bandwidth, "cells": cells}
+    environment = {"date": "2026-11-25"}
+    return {
+        "environment": environment, "command": "", "contenders": names, "bandwidth": bandwidth, "cells": cells
+    }  # fmt: skip
 
 
 def test_the_kernel_table_holds_ratios_the_limit_and_failures_by_name() -> None:
@@ -416,6 +419,7 @@ def test_a_kernel_report_goes_on_where_it_stopped() -> None:
     assert both["cells"] == old["cells"][:1]
     assert both["contenders"] == [*old["contenders"], "polarquant_k3v3"]
     assert both["command"] == f"{old['command']} && again"
+    assert both["environment"] == old["environment"]
     with pytest.raises(typer.BadParameter, match="torch: "):
         bench_kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
 
@@ -434,7 +438,9 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
         "runs": {},
     }
     both = bench_engine.kept(old, new)
-    assert both == old | {"command": "first && second"}
+    days = {"date": "2026-11-24, 2026-11-25"}
+    assert both == old | {"command": "first && second", "environment": old["environment"] | days}
+    assert bench_engine.kept(both, new)["environment"] == both["environment"]
     versions = [{"vllm-polarquant": version} for version in ("0.1", "0.2")]
     ran = old | {"runs": {K4V4: {"error": "slow"}, "auto": {"boot_s": 1.0}}}
     ran, again = (
