@@ -10,6 +10,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
+# The model of `make demo`: a folder or a name on the hub; the shipped one, if empty.
+MODEL ?=
+
 # What `make eval` runs, which of the suite's cells (all, if empty), of how many documents of each lm-eval task
 # (all), on which GPUs (GPUS=0,0,0: three dtypes at a time on one), and the folder of its results.
 SUITE ?= local
@@ -18,20 +21,24 @@ LIMIT ?=
 GPUS ?=
 RESULTS ?= eval-results
 
-.PHONY: help setup demo test lint bench eval
+.PHONY: help setup demo test test-fast lint types bench eval
 
 help:
-	@echo "make demo    run the shipped model with bf16 and with polar-coded pages and compare"
-	@echo "make test    lint, then every test"
-	@echo "make lint    ruff and mypy"
-	@echo "make bench   kernels and engine beside bf16, fp8 and vLLM's 4-bit caches (needs an NVIDIA GPU)"
-	@echo "make eval    accuracy of every KV cache dtype that runs here on the shipped model, and a report"
-	@echo "make setup   .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
+	@echo "make demo       the shipped model with 16-bit and with polar-coded pages, side by side;"
+	@echo "                MODEL=folder takes another model"
+	@echo "make test-fast  the tests that need neither an engine nor a GPU: under two minutes on two cores"
+	@echo "make test       lint, then every test that runs here"
+	@echo "make lint       ruff and mypy"
+	@echo "make types      mypy alone"
+	@echo "make eval       accuracy of every KV-cache dtype that runs here on the shipped model, and a report"
+	@echo "make bench      kernels and engine beside vLLM's own KV caches (NVIDIA GPU)"
+	@echo "make setup      .venv with vLLM (its CPU build where there is no NVIDIA GPU) and this package"
+	@echo "Each of them makes or updates .venv first."
 
 setup: $(READY)
 
 demo: $(READY)
-	$(BIN)/python -m vllm_polarquant.eval.demo
+	$(BIN)/python -m vllm_polarquant.eval.demo $(if $(MODEL),--model "$(MODEL)")
 
 bench: $(READY)
 	@if nvidia-smi -L >/dev/null 2>&1; then \
@@ -59,10 +66,16 @@ eval: $(READY)
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# mypy does not follow setuptools' package-dir, so it sees the packages where they are installed.
+test-fast: $(READY)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types
+
+# mypy does not follow setuptools' package-dir, so it sees the packages where they are installed.
+types: $(READY)
 	rm -rf build/typed && mkdir -p build/typed/vllm_polarquant
 	ln -s "$(CURDIR)"/vllm_polarquant/* "$(CURDIR)"/{kernels,eval} build/typed/vllm_polarquant/
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
