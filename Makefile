@@ -42,8 +42,8 @@ demo: $(READY)
 
 bench: $(READY)
 	@if nvidia-smi -L >/dev/null 2>&1; then \
-		$(BIN)/python -m vllm_polarquant.eval.bench_kernels && \
-		$(BIN)/python -m vllm_polarquant.eval.bench_engine \
+		$(BIN)/python -m vllm_polarquant.eval.bench.kernels && \
+		$(BIN)/python -m vllm_polarquant.eval.bench.engine \
 			--ttft-prefix 100000x8192 --full-memory 16384; \
 	else \
 		echo "No NVIDIA GPU: there is nothing to measure here. make test tries the benchmarks on tiny shapes."; \
