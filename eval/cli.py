@@ -7,7 +7,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vllm_polarquant.eval import accuracy, distortion, hard_keys, run
+from vllm_polarquant.eval import distortion, run
+from vllm_polarquant.eval.accuracy import command as report
+from vllm_polarquant.eval.hard_keys import command as hard_keys
 
 
 class _ModelOrCommand(TyperGroup):
@@ -30,7 +32,7 @@ app = typer.Typer(
 app.command("run")(run.main)
 app.command("distortion")(distortion.main)
 app.command("hard-keys")(hard_keys.main)
-app.command("report")(accuracy.main)
+app.command("report")(report.main)
 
 if __name__ == "__main__":
     app()

@@ -1,127 +1,160 @@
-"""`make demo`: the shipped model in a real vLLM engine, with 16-bit and with polar-coded KV pages.
+"""`make demo`: a model in a real vLLM engine, with 16-bit and with polar-coded KV pages, side by side.
 
-The same prompts run twice, with the same memory for the KV cache: completions of held-out code, and
-questions about values scattered through 2,000 tokens, which only the cached keys and values can answer.
+Each dtype gets the same memory for its cache and reads the same held-out text, a token a step: every step is
+a decode, which reads every earlier key and value, and its own, off the pages, as generation does. So what the
+text's next tokens would be is what the cache makes of them. The shipped model is also asked for values that
+are scattered through 2,000 tokens, in chunks: what it answers from was read off the pages too.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_polarquant.eval.engine import engine, kv_tokens, use_in_process_engine
+from vllm_polarquant.eval.measures import next_token
+from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
+from vllm_polarquant.eval.plan import FAILED, PROBE
 from vllm_polarquant.eval.probe.episodes import (
-    MAX_ANSWER_TOKENS,
     MODEL_DIR,
+    PROBE_ANSWER_TOKENS,
     episode_prompts,
     load_episodes,
     load_heldout,
     score_answer,
 )
+from vllm_polarquant.eval.report.panels import colours
+from vllm_polarquant.eval.worker import reason
 from vllm_polarquant.format import DEFAULT_PRESET
+from vllm_polarquant.support import fail
 
-KV_CACHE_BYTES = 64 << 20
-COMPLETIONS = 8
-SHOWN = 2
-COMPLETION_TOKENS = 40
-MAX_MODEL_LEN = 4096
+COMMAND = "demo"
+PROBE_MIB, MODEL_MIB = 64, 1024
+"""Default memory of a cache: of the shipped model's, of another one's."""
+
+COMPLETIONS, COMPLETION_TOKENS, COMPLETION_CHARS = 2, 40, 1000
+ROWS, CONTEXT = 8, 512
+EPISODES_AT_A_TIME, CHUNK = 4, 128
+"""Contexts of 2,000 tokens that 64 MiB hold in 16 bits beside their questions, and tokens a step of each."""
+
+Question = tuple[str, str, float]
+"""A prompt, its right answer, and the depth in the prompt where it stands."""
 
 
 @dataclass
 class Run:
-    """What one dtype did."""
+    """What one dtype did. likeliest: int32 [rows, context - 1], the most likely token after each position."""
 
     dtype: str
     tokens: int
     bytes_per_token: float
-    completions: list[str] = field(default_factory=list)
-    completion_ids: list[list[int]] = field(default_factory=list)
+    perplexity: float
+    likeliest: np.ndarray
+    completions: list[str]
     right: list[bool] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
-    @property
-    def score(self) -> float:
-        return sum(self.right) / len(self.right)
+    def agreement(self, base: Run) -> float:
+        """Share of positions where the likeliest next token is that of `base`."""
+        return float((self.likeliest == base.likeliest).mean())
 
 
 def completion_prompts() -> list[str]:
-    """Beginnings of held-out source files, up to the colon of a function's signature."""
+    """Ends of held-out source files, cut after the colon of a function's signature."""
     prompts = []
     for row in load_heldout():
         signature = re.compile(r"\n +def \w+\([^()\n]*\):\n").search(row["text"], 2000, 6000)
         if signature:
-            prompts.append(row["text"][: signature.end() - 1])
+            end = signature.end() - 1
+            begin = row["text"].index("\n", end - COMPLETION_CHARS) + 1
+            prompts.append(row["text"][begin:end])
     return prompts[:COMPLETIONS]
 
 
-def questions(count: int) -> list[tuple[str, str, float]]:
-    """(prompt, answer, depth): every query of the episodes of about 2,000 tokens, the first `count`."""
-    episodes = [row for row in load_episodes() if 4000 <= len(row["prompt"]) <= 9000]
+def questions(count: int) -> list[Question]:
+    """Every query of the episodes of about 2,000 tokens, the first `count`."""
+    episodes = [row for row in load_episodes() if row["id"].startswith("2000")]
     return [item for row in episodes for item in episode_prompts(row)][:count]
 
 
-def measure(dtype: str, asked: list[tuple[str, str, float]], progress: Progress) -> Run:
-    """Boot an engine with this dtype and put every prompt through it."""
+def read_text(llm: Any, dtype: str, memory: int, text: str) -> Run:
+    """What an engine that is fed a token a step says of the text."""
     from vllm import SamplingParams
 
-    started = time.perf_counter()
-    task = progress.add_task(f"{dtype}: starting the engine", total=len(completion_prompts()) + len(asked))
-    with engine(
-        str(MODEL_DIR),
+    rows = token_rows(llm.get_tokenizer(), text, ROWS, CONTEXT)
+    scored = next_token.score(llm, rows, top=1)
+    greedy = SamplingParams(temperature=0, max_tokens=COMPLETION_TOKENS, ignore_eos=True)
+    outputs = llm.generate(completion_prompts(), greedy, use_tqdm=False)
+    tokens = kv_tokens(llm)
+    return Run(
         dtype,
-        max_model_len=MAX_MODEL_LEN,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        max_num_batched_tokens=MAX_MODEL_LEN,
-        max_num_seqs=16,
-        enforce_eager=True,
-        seed=0,
-    ) as llm:
-        tokens = kv_tokens(llm)
-        run = Run(dtype, tokens, KV_CACHE_BYTES / tokens)
-        progress.update(task, description=f"{dtype}: completing code")
-        greedy = SamplingParams(temperature=0, max_tokens=COMPLETION_TOKENS, ignore_eos=True)
-        for output in llm.generate(completion_prompts(), greedy, use_tqdm=False):
-            run.completions.append(output.outputs[0].text)
-            run.completion_ids.append(list(output.outputs[0].token_ids))
+        tokens,
+        memory / tokens,
+        float(np.exp(-scored["actual"].astype(np.float64).mean())),
+        scored["ids"][..., 0],
+        [output.outputs[0].text for output in outputs],
+    )
+
+
+def ask(llm: Any, asked: list[Question], run: Run) -> None:
+    """Put the questions: one of each episode first, in whose cached context the others find theirs."""
+    from vllm import SamplingParams
+
+    short = SamplingParams(temperature=0, max_tokens=PROBE_ANSWER_TOKENS)
+    # Five of an episode stand one after the other.
+    step = 5 * EPISODES_AT_A_TIME
+    for start in range(0, len(asked), step):
+        part = asked[start : start + step]
+        texts: dict[int, str] = {}
+        for turn in ([i for i in range(len(part)) if not i % 5], [i for i in range(len(part)) if i % 5]):
+            outputs = llm.generate([part[i][0] for i in turn], short, use_tqdm=False)
+            texts |= {i: output.outputs[0].text for i, output in zip(turn, outputs, strict=True)}
+        run.answers += [texts[i] for i in range(len(part))]
+        run.right += [score_answer(texts[i], answer) for i, (_, answer, _) in enumerate(part)]
+
+
+def measure(model: str, dtype: str, memory: int, text: str, asked: list[Question], progress: Progress) -> Run:
+    """Put the text, and the questions if there are any, through engines with this dtype."""
+    options = {"kv_cache_memory_bytes": memory, "enforce_eager": True, "seed": 0}
+    task = progress.add_task(f"{dtype}: starting the engine", total=2 + 2 * bool(asked))
+    # One token a step of each request: every step reads the pages.
+    params = next_token.Params(rows=ROWS, context=CONTEXT, top=1, text=text)
+    feeding = next_token.MEASURE.engine(params) | {"max_model_len": CONTEXT + COMPLETION_TOKENS}
+    with engine(model, dtype, **options, **feeding) as llm:
+        progress.update(task, advance=1, description=f"{dtype}: reading text off the cache")
+        run = read_text(llm, dtype, memory, text)
+        progress.advance(task)
+    if asked:
+        progress.update(task, description=f"{dtype}: starting the engine again")
+        chunks = {
+            "max_model_len": 4096,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 16 * CHUNK,
+            "long_prefill_token_threshold": CHUNK,
+            "enable_prefix_caching": True,
+        }
+        with engine(model, dtype, **options, **chunks) as llm:
+            progress.update(task, advance=1, description=f"{dtype}: answering questions")
+            ask(llm, asked, run)
             progress.advance(task)
-        progress.update(task, description=f"{dtype}: answering questions")
-        short = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
-        for start in range(0, len(asked), 16):
-            part = asked[start : start + 16]
-            outputs = llm.generate([prompt for prompt, _, _ in part], short, use_tqdm=False)
-            for (_, answer, _), output in zip(part, outputs, strict=True):
-                text = output.outputs[0].text
-                run.answers.append(text)
-                run.right.append(score_answer(text, answer))
-                progress.advance(task)
-    run.seconds = time.perf_counter() - started
     progress.update(task, description=f"{dtype}: done")
     return run
 
 
-def agreement(run: Run, other: Run) -> float:
-    """Greedy completion tokens before the first that differs, as a share of all."""
-    same = total = 0
-    for left, right in zip(run.completion_ids, other.completion_ids, strict=True):
-        equal = [a == b for a, b in zip(left, right, strict=True)]
-        same += equal.index(False) if False in equal else len(equal)
-        total += len(equal)
-    return same / total
-
-
-def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]]) -> None:
-    """Completions and answers side by side, then the table of what the user gains."""
+def show(console: Console, runs: list[Run], asked: list[Question], name: str, memory: int) -> None:
+    """Completions and answers side by side, then the table of what the user gains and pays."""
     base = runs[0]
-    for i, prompt in enumerate(completion_prompts()[:SHOWN]):
+    for i, prompt in enumerate(completion_prompts()):
         last = prompt.rstrip().rsplit("\n", 1)[-1].strip()
         table = Table(title=f"Completion {i + 1}, after `{last}`", show_lines=True)
         for run in runs:
@@ -129,84 +162,137 @@ def show(console: Console, runs: list[Run], asked: list[tuple[str, str, float]])
         table.add_row(*[run.completions[i] for run in runs])
         console.print(table)
 
-    table = Table(title="The first questions: the value of a key defined once, earlier in the prompt")
-    table.add_column("depth", justify="right")
-    table.add_column("right answer")
-    for run in runs:
-        table.add_column(run.dtype)
-    for i, (_, answer, depth) in enumerate(asked[:6]):
-        marks = [f"[{'green' if run.right[i] else 'red'}]{run.answers[i][:6]!r}[/]" for run in runs]
-        table.add_row(f"{depth:.0%}", repr(answer), *marks)
-    console.print(table)
+    if asked:
+        table = Table(title="The first questions: the value of a key defined once, earlier in the prompt")
+        table.add_column("depth", justify="right")
+        table.add_column("right answer")
+        for run in runs:
+            table.add_column(run.dtype)
+        for i, (_, answer, depth) in enumerate(asked[:6]):
+            marks = [f"[{'green' if run.right[i] else 'red'}]{run.answers[i][:6]!r}[/]" for run in runs]
+            table.add_row(f"{depth:.0%}", repr(answer), *marks)
+        console.print(table)
 
-    table = Table(title=f"What fits in {KV_CACHE_BYTES >> 20} MiB of KV cache, and what it answers")
-    table.add_column("kv-cache-dtype", no_wrap=True)
-    for name in ("tokens", "ratio", "bytes a token", "retrieval", "same tokens", "seconds"):
-        table.add_column(name, justify="right")
+    positions = base.likeliest.size
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{name}: what fits in {memory >> 20} MiB of KV cache, and what it says",
+        caption=f"Top-1 agreement: share of {positions:,} positions of held-out text where the most likely "
+        f"next token is that of {base.dtype}. The text is fed a token a step, so that every key and value is "
+        "read off the cache, as in generation.",
+        caption_justify="left",
+    )
+    table.add_column("dtype", no_wrap=True)
+    columns = ["tokens", "ratio", "bytes a token", *(["retrieval"] if asked else []), "perplexity"]
+    for column in (*columns, "top-1 agreement"):
+        table.add_column(column, justify="right")
     for run in runs:
+        retrieval = [f"{sum(run.right)}/{len(run.right)}"] if asked else []
         table.add_row(
             run.dtype,
             f"{run.tokens:,}",
             f"{run.tokens / base.tokens:.2f}x",
-            f"{run.bytes_per_token:.0f}",
-            f"{sum(run.right)}/{len(run.right)}",
-            f"{agreement(run, base):.0%}",
-            f"{run.seconds:.0f}",
+            f"{run.bytes_per_token:,.0f}",
+            *retrieval,
+            f"{run.perplexity:.3f}",
+            f"{run.agreement(base):.1%}" if run is not base else "-",
         )
     console.print(table)
 
 
-def draw(path: Path, runs: list[Run]) -> None:
-    """Tokens that fit and the retrieval score, a pair of bars a dtype."""
+def draw(path: Path, runs: list[Run], name: str, memory: int) -> None:
+    """Bars a dtype: tokens that fit, top-1 agreement, and the retrieval score if questions were asked."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [run.dtype for run in runs]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    bars = left.bar(names, [run.tokens / 1000 for run in runs], color="#4477aa")
-    left.bar_label(bars, [f"{run.tokens / runs[0].tokens:.2f}x" for run in runs], padding=2)
-    left.set_ylabel("thousand tokens")
-    left.set_title(f"KV tokens in {KV_CACHE_BYTES >> 20} MiB")
-    bars = right.bar(names, [100 * run.score for run in runs], color="#228833")
-    right.bar_label(bars, [f"{run.score:.0%}" for run in runs], padding=2)
-    right.set_ylim(0, 110)
-    right.set_ylabel("exact answers, %")
-    right.set_title(f"Retrieval over 2,000 tokens, {len(runs[0].right)} questions")
-    for axes in (left, right):
-        axes.margins(y=0.12)
+    base, names = runs[0], [run.dtype for run in runs]
+    panels: list[tuple[str, str, list[float], list[str]]] = [
+        (
+            f"Tokens in {memory >> 20} MiB of KV cache",
+            "thousand tokens",
+            [run.tokens / 1000 for run in runs],
+            [f"{run.tokens:,}\n{run.tokens / base.tokens:.2f}x" for run in runs],
+        ),
+        (
+            f"Most likely next token is that of {base.dtype}",
+            f"% of {base.likeliest.size:,} positions",
+            [100 * run.agreement(base) for run in runs],
+            [f"{run.agreement(base):.1%}" if run is not base else "" for run in runs],
+        ),
+    ]
+    if base.right:
+        panels.append(
+            (
+                f"Values found in 2,000 tokens, of {len(base.right)}",
+                "exact answers",
+                [float(sum(run.right)) for run in runs],
+                [str(sum(run.right)) for run in runs],
+            )
+        )
+    colour = colours(names)
+    figure, places = plt.subplots(1, len(panels), figsize=(4.1 * len(panels), 3.7), layout="constrained")
+    figure.suptitle(name, fontsize=12)
+    for axes, (title, unit, heights, labels) in zip(places, panels, strict=True):
+        bars = axes.bar(names, heights, 0.6, color=[colour[n] for n in names])
+        axes.bar_label(bars, labels, padding=3, fontsize=9)
+        axes.set_title(title, fontsize=10)
+        axes.set_ylabel(unit)
+        axes.margins(y=0.18)
+        axes.tick_params(axis="x", length=0, labelsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main(
+    model: Annotated[
+        str, typer.Option(help=f"Folder or hub name of a model, or {PROBE!r}, the shipped one.")
+    ] = PROBE,
     dtypes: Annotated[
         str, typer.Option(help="Comma-separated --kv-cache-dtype values; the first is the baseline.")
     ] = f"auto,{DEFAULT_PRESET}",
+    memory_mib: Annotated[
+        int,
+        typer.Option(
+            help=f"MiB of each cache; 0: {PROBE_MIB} for the shipped model, else {MODEL_MIB}.", min=0
+        ),
+    ] = 0,
+    text: Annotated[str, typer.Option(help="Text to read: a file, or 'heldout', Python source.")] = HELDOUT,
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
-    count: Annotated[int, typer.Option(help="Retrieval questions.", min=1)] = 60,
+    count: Annotated[int, typer.Option(help="Questions to the shipped model, at most 100.", min=1)] = 60,
 ) -> None:
-    """Run the shipped model with each dtype and show what fits and what it answers."""
-    console = Console()
-    if not (MODEL_DIR / "model.safetensors").exists():
-        console.print(f"[red]No model in {MODEL_DIR}; train one with eval/probe/train.py.[/]")
-        raise typer.Exit(2)
+    """Run a model with each dtype and show what fits, and how far what it says changes."""
+    shipped = model == PROBE
+    if shipped and not (MODEL_DIR / "model.safetensors").exists():
+        fail(COMMAND, f"no model in {MODEL_DIR}; eval/training/README.md says how to train one")
+    if not shipped and not Path(model).is_dir():
+        if model.startswith((".", "/", "~")):
+            fail(COMMAND, f"no folder {model}")
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
     use_in_process_engine()
-    asked = questions(count)
-    runs: list[Run] = []
+    memory = (memory_mib or (PROBE_MIB if shipped else MODEL_MIB)) << 20
+    asked = questions(count) if shipped else []
+    name = "The shipped model" if shipped else Path(model).name
+    console = Console()
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description:40}"),
+        TextColumn("{task.description:44}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    runs: list[Run] = []
     with Progress(*columns, console=console) as progress:
-        for dtype in dtypes.split(","):
-            runs.append(measure(dtype, asked, progress))
-    show(console, runs, asked)
-    draw(picture, runs)
+        for dtype in filter(None, map(str.strip, dtypes.split(","))):
+            try:
+                folder = str(MODEL_DIR) if shipped else model
+                runs.append(measure(folder, dtype, memory, text, asked, progress))
+            except Exception as problem:
+                progress.stop()
+                fail(COMMAND, f"{dtype}: {reason(problem)}", FAILED)
+    show(console, runs, asked, name, memory)
+    draw(picture, runs, name, memory)
     console.print(f"Picture: {picture}")
 
 

@@ -6,15 +6,18 @@ one here, and that backend's page specification says how many bytes it takes.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import typing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_polarquant.check import Shape
-from vllm_polarquant.format import BLOCK_SIZE_MULTIPLE, PRESETS, is_polar_dtype
+from vllm_polarquant.eval import isolate
+from vllm_polarquant.format import PRESETS, is_polar_dtype
+from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
+
+BASELINE = "auto"
+"""What every dtype is compared with: keys and values in the model's own 16 bits."""
 
 ALL = "all"
 """Stands for every name that this machine can run: `--kv-cache-dtypes all`."""
@@ -102,16 +105,15 @@ def ask_runnable(head_dim: int) -> tuple[list[str], dict[str, str]]:
     Raises:
         RuntimeError: with the last line of what it printed, if it failed.
     """
-    asked = subprocess.run(
-        [sys.executable, "-m", __name__, str(head_dim)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"},
-    )
-    if asked.returncode:
-        lines = asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"]
-        raise RuntimeError(f"vLLM's dtypes cannot be listed: {lines[-1]}")
-    names, left_out = json.loads(asked.stdout.splitlines()[-1])
+    with TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        env = {"VLLM_LOGGING_LEVEL": "ERROR"}
+        with isolate.Child(isolate.module(__name__), head_dim, env=env, log=log) as child:
+            try:
+                names, left_out = child.report()
+            except isolate.Ended as ended:
+                lines = log.read_text(encoding="utf-8").strip().splitlines() or [str(ended)]
+                raise RuntimeError(f"vLLM's dtypes cannot be listed: {lines[-1]}") from None
     return names, left_out
 
 
@@ -202,4 +204,4 @@ def token_bytes(name: str, shape: Shape, skipped: int = 0) -> int | None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(runnable(int(sys.argv[1]))))
+    isolate.serve(lambda head_dim, report: report(runnable(head_dim)))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -20,102 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_polarquant.check import ConfigError
-from vllm_polarquant.eval import accuracy, dtypes, results
+from vllm_polarquant.eval import dtypes, isolate, results
+from vllm_polarquant.eval.accuracy.collect import model_shape, note_run
+from vllm_polarquant.eval.dtypes import BASELINE
+from vllm_polarquant.eval.plan import FAILED, NO_BASELINE, PROBE, Plan, run_dtype
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
-from vllm_polarquant.eval.suites import Cell, load_suite, suite_names
+from vllm_polarquant.eval.suites import load_suite, suite_names
 from vllm_polarquant.format import DEFAULT_PRESET
+from vllm_polarquant.support import fail
 
-BASELINE = "auto"
-PROBE = "probe"
-FAILED, BAD_INPUT = 1, 2
+COMMAND = "polarquant-eval"
 CUT_SHORT = "the run was cut short before it was done"
-WORKER = [sys.executable, "-m", "vllm_polarquant.eval.worker"]
 Show = Callable[[dict[str, Any]], dict[str, str]]
-
-
-def _fail(message: object) -> NoReturn:
-    typer.echo(f"polarquant-eval: {message}", err=True)
-    raise typer.Exit(BAD_INPUT)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured: every cell of a suite with every dtype, the baseline first."""
-
-    model: str
-    dtypes: list[str]
-    suite: str
-    cells: list[Cell]
-    engine: dict[str, Any]
-    seed: int
-    folder: Path
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def key(self, dtype: str, cell: Cell) -> dict[str, Any]:
-        baseline = "" if dtype == BASELINE else results.stem(self.key(BASELINE, cell))
-        return results.cell_key(self.model, dtype, cell, self.seed, baseline)
-
-    def missing(self, dtype: str) -> list[Cell]:
-        """Cells that have no finished result yet."""
-        names = ((cell, results.stem(self.key(dtype, cell))) for cell in self.cells)
-        return [cell for cell, name in names if results.read(self.folder, name) is None]
-
-    def found(self, dtype: str, cell: Cell) -> dict[str, Any] | None:
-        return results.read(self.folder, results.stem(self.key(dtype, cell)))
-
-
-def run_dtype(
-    plan: Plan, dtype: str, cells: list[Cell], progress: Progress, task: Any, gpus: str = ""
-) -> dict[str, str]:
-    """Run cells in a worker process; why each that failed did, by cell.
-
-    gpus: the worker's CUDA_VISIBLE_DEVICES, if not this process's own.
-    """
-    job = {
-        "model": plan.model,
-        "dtype": dtype,
-        "suite": plan.suite,
-        "engine": plan.engine,
-        "changes": plan.changes,
-        "seed": plan.seed,
-        "folder": str(plan.folder),
-        "keys": [plan.key(dtype, cell) for cell in cells],
-    }
-    log = plan.folder / "logs" / f"{dtype}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    pending = {cell.name for cell in cells}
-    failures: dict[str, str] = {}
-    with (
-        open(log, "w", encoding="utf-8") as log_file,
-        subprocess.Popen(
-            WORKER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            text=True,
-            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
-        ) as worker,
-    ):
-        assert worker.stdin and worker.stdout
-        worker.stdin.write(json.dumps(job))
-        worker.stdin.close()
-        for line in worker.stdout:
-            event = json.loads(line)
-            if event["event"] == "boot":
-                progress.update(task, description=f"{dtype}: starting an engine")
-            elif event["event"] == "prepare":
-                progress.update(task, description=f"{dtype}: loading {event['cell']}")
-            elif event["event"] == "start":
-                progress.update(task, description=f"{dtype}: {event['cell']}")
-            else:
-                pending.discard(event["cell"])
-                progress.advance(task)
-                if event["event"] == "failed":
-                    failures[event["cell"]] = event["reason"]
-    for name in pending:
-        failures[name] = f"the worker process ended with exit status {worker.returncode}"
-        progress.advance(task)
-    return {name: f"{why} (log: {log})" for name, why in failures.items()}
 
 
 def _rows_table(title: str, rows: dict[str, dict[str, str]]) -> Table:
@@ -162,9 +75,9 @@ def _engine_options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as problem:
-        _fail(f"--engine {text!r} is not JSON: {problem}")
+        fail(COMMAND, f"--engine {text!r} is not JSON: {problem}")
     if not isinstance(options, dict):
-        _fail(f"--engine {text!r} is not a JSON object such as '{{\"tensor_parallel_size\": 2}}'")
+        fail(COMMAND, f"--engine {text!r} is not a JSON object such as '{{\"tensor_parallel_size\": 2}}'")
     return options
 
 
@@ -176,7 +89,7 @@ def _gpus(text: str) -> list[str]:
         import torch
 
         if max(numbers) >= (count := torch.cuda.device_count()):
-            _fail(f"--gpus {text}: this machine has {count} NVIDIA GPUs, the first named 0")
+            fail(COMMAND, f"--gpus {text}: this machine has {count} NVIDIA GPUs, the first named 0")
     return groups or [""]
 
 
@@ -185,9 +98,9 @@ def _model(model: str) -> str:
         return str(MODEL_DIR)
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        _fail(f"{model} has no config.json; give a model's folder, a name on the hub, or {PROBE!r}")
+        fail(COMMAND, f"{model} has no config.json; give a model's folder, a name on the hub, or {PROBE!r}")
     if not folder.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        _fail(f"no folder {model}; give a model's folder, a name on the hub, or {PROBE!r}")
+        fail(COMMAND, f"no folder {model}; give a model's folder, a name on the hub, or {PROBE!r}")
     return str(folder.resolve()) if folder.is_dir() else model
 
 
@@ -236,9 +149,9 @@ def main(
     left_out: dict[str, str] = {}
     if dtypes.ALL in names:
         try:
-            found_here, left_out = dtypes.ask_runnable(accuracy.model_shape(_model(model)).head_dim)
+            found_here, left_out = dtypes.ask_runnable(model_shape(_model(model)).head_dim)
         except (ConfigError, RuntimeError) as problem:
-            _fail(problem)
+            fail(COMMAND, problem)
         names = [name for name in dict.fromkeys([*names, *found_here]) if name != dtypes.ALL]
     options = _engine_options(engine)
     given = {"limit": limit, "chat": chat, "think_end": think_end}
@@ -248,13 +161,13 @@ def main(
         for cell in cells:
             cell.measure.identity(cell.params)
     except ValueError as problem:
-        _fail(problem)
+        fail(COMMAND, problem)
     places = _gpus(gpus)
     plan = Plan(_model(model), names, suite, cells, options, seed, out, changes)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        _fail(f"--out {out}: {problem}")
+        fail(COMMAND, f"--out {out}: {problem}")
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     failures: dict[tuple[str, str], str] = {}
@@ -272,8 +185,7 @@ def main(
         todo = plan.missing(dtype)
         task = progress.add_task(dtype, total=len(cells), completed=len(cells) - len(todo))
         without = {cell.name for cell in plan.missing(BASELINE)} if dtype != BASELINE else set()
-        why_not = f"there is no result of {BASELINE} to compare with"
-        failed = {cell.name: why_not for cell in todo if cell.name in without}
+        failed = {cell.name: NO_BASELINE for cell in todo if cell.name in without}
         progress.advance(task, len(failed))
         if todo := [cell for cell in todo if cell.name not in without]:
             group = free.get()
@@ -286,15 +198,19 @@ def main(
 
     # What a report says of cells without results, should this run not come to its end.
     unfinished = {(dtype, cell.name): CUT_SHORT for dtype in names for cell in plan.missing(dtype)}
-    accuracy.note_run(out, left_out, unfinished)
+    note_run(out, left_out, unfinished)
     with Progress(*bars, console=Console(stderr=True)) as progress, ThreadPoolExecutor(len(places)) as pool:
-        # The others are compared with the baseline while they run.
-        failures |= measure(BASELINE)
-        for failed in pool.map(measure, names[1:]):
-            failures |= failed
+        try:
+            # The others are compared with the baseline while they run.
+            failures |= measure(BASELINE)
+            for failed in pool.map(measure, names[1:]):
+                failures |= failed
+        except BaseException:
+            isolate.end_all()
+            raise
     for shown in tables(plan):
         console.print(shown)
-    accuracy.note_run(out, left_out, failures)
+    note_run(out, left_out, failures)
     for name, why in left_out.items():
         typer.echo(f"left out: {name}: {why}", err=True)
     for (dtype, name), why in failures.items():

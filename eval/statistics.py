@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 LEVEL = 0.95
-Z = 1.959964
+"""How often an interval holds; every one that is shown."""
+
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+"""Standard errors on either side of an estimate, 1.96."""
 
 
 @dataclass(frozen=True)

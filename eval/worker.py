@@ -1,21 +1,20 @@
-"""One dtype in a process of its own: reads a job from stdin, runs its cells, reports on stdout.
+"""The child that runs one dtype's cells.
 
 A dtype that crashes its process takes nobody with it. Cells with the same engine options share an engine.
 The job is JSON: model, dtype, seed, folder, the suite with what was changed of it, and the cells' keys, each
-with the baseline's stem. Reports are JSON lines; whatever else is printed goes to stderr.
+with the baseline's stem.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from vllm_polarquant.eval import dtypes, results
+from vllm_polarquant.eval import dtypes, isolate, results
 from vllm_polarquant.eval.engine import engine, use_in_process_engine
 from vllm_polarquant.eval.suites import Cell, load_suite
 
@@ -29,7 +28,7 @@ def reason(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {words}" if words else type(problem).__name__
 
 
-def run_cells(job: dict[str, Any], report: Any) -> None:
+def run_cells(job: dict[str, Any], report: isolate.Report) -> None:
     """Run the job's cells, grouped by engine, and report each as it ends."""
     folder = Path(job["folder"])
     cells = {cell.name: cell for cell in load_suite(job["suite"], job["engine"], job["changes"])}
@@ -68,21 +67,13 @@ def run_cells(job: dict[str, Any], report: Any) -> None:
                 report({"event": "failed", "cell": name, "reason": reason(problem)})
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
-    # vLLM and its children print where they like: keep the reports' channel to ourselves.
-    channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def work(job: dict[str, Any], report: isolate.Report) -> None:
+    """Run the job's cells on engines of this process."""
     if not Path(job["model"]).is_dir() or any(key.get("identity", {}).get("hub") for key in job["keys"]):
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
     use_in_process_engine()
-
-    def report(event: dict[str, Any]) -> None:
-        channel.write(json.dumps(event) + "\n")
-        channel.flush()
-
     run_cells(job, report)
 
 
 if __name__ == "__main__":
-    main()
+    isolate.serve(work)

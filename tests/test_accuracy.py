@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_polarquant.check import Shape
-from vllm_polarquant.eval import accuracy, dtypes, results, run
+from vllm_polarquant.eval import dtypes, results
+from vllm_polarquant.eval.accuracy.collect import ReportError, collect, note_run
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.measures import Outcome
 from vllm_polarquant.eval.measures.retrieval import summarise
+from vllm_polarquant.eval.plan import Plan
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import load_suite
 from vllm_polarquant.format import PRESETS
@@ -52,15 +54,15 @@ def retrieval(right: int) -> dict[str, Any]:
     return summarise(items)
 
 
-def fill(folder: Path, **changes: Any) -> run.Plan:
+def fill(folder: Path, **changes: Any) -> Plan:
     """Results of every dtype in KL; changes are of the plan."""
     about = {"seed": 0, "cells": [c for c in load_suite("text") if c.name in ("text", "retrieval")]} | changes
-    plan = run.Plan(str(MODEL_DIR), list(KL), "text", about["cells"], {}, about["seed"], folder)
-    for dtype in plan.dtypes:
-        for cell in plan.cells:
+    made = Plan(str(MODEL_DIR), list(KL), "text", about["cells"], {}, about["seed"], folder)
+    for dtype in made.dtypes:
+        for cell in made.cells:
             summary = text(KL[dtype]) if cell.name == "text" else retrieval(RIGHT[dtype])
-            results.write(folder, plan.key(dtype, cell), Outcome(summary), 1.0)
-    return plan
+            results.write(folder, made.key(dtype, cell), Outcome(summary), 1.0)
+    return made
 
 
 def invoke(*arguments: object) -> Any:
@@ -145,7 +147,7 @@ def test_other_models_versions_and_suites_are_set_aside_and_said(filled: Path, t
     fill(filled, seed=1, cells=load_suite("text")[:1])
     (cell,) = [cell for cell in load_suite("text") if cell.name == "retrieval"]
     fill(filled, cells=[replace(cell, params=replace(cell.params, episodes=3))])
-    found = accuracy.collect(filled)
+    found = collect(filled)
     assert found["environment"]["seed"] == 0
     assert found["cells"]["retrieval"]["params"]["episodes"] == 3
     assert [note.split(" of ")[0] for note in found["notes"]] == [
@@ -153,16 +155,14 @@ def test_other_models_versions_and_suites_are_set_aside_and_said(filled: Path, t
         "Set aside: 5 older results",
     ]
     assert "seed 1" in found["notes"][0]
-    with pytest.raises(
-        accuracy.ReportError, match=r"no results of model 'other'; there are some of probe/model"
-    ):
-        accuracy.collect(filled, "other")
+    with pytest.raises(ReportError, match=r"no results of model 'other'; there are some of probe/model"):
+        collect(filled, "other")
 
 
 def test_what_failed_or_is_damaged_is_named_and_the_rest_is_shown(filled: Path, tmp_path: Path) -> None:
     gone = next(filled.glob(f"text--{PEER}--*.json"))
     gone.write_text(gone.read_text()[:100])
-    accuracy.note_run(filled, {"nvfp4": "no attention backend"}, {("turboquant_3bit_nc", "text"): "it broke"})
+    note_run(filled, {"nvfp4": "no attention backend"}, {("turboquant_3bit_nc", "text"): "it broke"})
     result = invoke(filled, "--out", tmp_path / "accuracy")
     assert result.exit_code == 0
     page = (tmp_path / "accuracy.md").read_text()

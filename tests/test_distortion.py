@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from vllm_polarquant import PolarQuant
 from vllm_polarquant.eval import codecs, distortion
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
-from vllm_polarquant.eval.probe.model import ModelConfig, ProbeLlama
 from vllm_polarquant.format import BITS, SCALAR_BITS
 
 # E|x - x_hat|^2 / E|x|^2 on Gaussian vectors of 128, by codec: a study of the same codecs in numpy.
@@ -248,18 +247,14 @@ def test_exact_vectors_cost_the_probe_nothing(probe_text: distortion.ProbeText) 
 
 
 def test_zero_vectors_cost_the_probe_its_attention(probe_text: distortion.ProbeText) -> None:
-    weights = load_file(str(MODEL_DIR / "model.safetensors"))
+    exact, blind = (LlamaForCausalLM.from_pretrained(str(MODEL_DIR), dtype=torch.float32) for _ in range(2))
     kls = []
-    for row in probe_text.rows:
-        logits = []
-        for factor in (1, 0):
-            model = ProbeLlama(ModelConfig(), torch.float32)
-            model.load_state_dict(
-                {n: w * factor if n.endswith("o_proj.weight") else w for n, w in weights.items()}
-            )
-            logits.append(model(torch.tensor([row]))[0].log_softmax(-1))
-        exact, blind = logits
-        kls.append((exact.exp() * (exact - blind)).sum(-1).mean().item())
+    with torch.no_grad():
+        for layer in blind.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        for row in probe_text.rows:
+            p, q = (model(torch.tensor([row])).logits[0].log_softmax(-1) for model in (exact, blind))
+            kls.append((p.exp() * (p - q)).sum(-1).mean().item())
     found, error = probe_text.divergence(peer_of(torch.zeros_like))
     assert found == pytest.approx(sum(kls) / 2, rel=1e-3) and found > 1
     assert error == pytest.approx(abs(kls[0] - kls[1]) / 2, rel=1e-3)

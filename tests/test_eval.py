@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from vllm_polarquant.eval import plan as plans
 from vllm_polarquant.eval import results, run
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.measures import MEASURES, Outcome
@@ -187,19 +188,19 @@ def test_suites_that_are_wrong_say_where(tmp_path: Path, suite: str, words: str)
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> run.Plan:
+def plan(tmp_path: Path) -> plans.Plan:
     dtypes = ["auto", "polarquant_k4v4"]
-    return run.Plan(str(MODEL_DIR), dtypes, "text", load_suite("text"), {}, 0, tmp_path / "out")
+    return plans.Plan(str(MODEL_DIR), dtypes, "text", load_suite("text"), {}, 0, tmp_path / "out")
 
 
-def store(plan: run.Plan, dtype: str, name: str, summary: dict[str, Any]) -> Path:
+def store(plan: plans.Plan, dtype: str, name: str, summary: dict[str, Any]) -> Path:
     (cell,) = [cell for cell in plan.cells if cell.name == name]
     key = plan.key(dtype, cell)
     results.write(plan.folder, key, Outcome(summary, {"x": np.arange(3)}), 1.0)
     return plan.folder / f"{results.stem(key)}.json"
 
 
-def test_results_are_kept_whole_or_not_at_all(plan: run.Plan) -> None:
+def test_results_are_kept_whole_or_not_at_all(plan: plans.Plan) -> None:
     assert [cell.name for cell in plan.missing("auto")] == ["text", "retrieval", "greedy"]
     path = store(plan, "auto", "text", {"perplexity": 2.0})
     assert [cell.name for cell in plan.missing("auto")] == ["retrieval", "greedy"]
@@ -215,7 +216,9 @@ def test_results_are_kept_whole_or_not_at_all(plan: run.Plan) -> None:
         results.outcome(plan.folder, path.stem)
 
 
-def test_a_result_is_only_that_of_its_own_conditions(plan: run.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_is_only_that_of_its_own_conditions(
+    plan: plans.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Model, dtype, parameters, engine, seed and versions are all in its name; folders above it are not."""
     cell = plan.cells[0]
     name = results.stem(plan.key("polarquant_k4v4", cell))
@@ -252,7 +255,7 @@ for i, name in enumerate(names):
 def test_cells_that_fail_or_die_are_reported_and_block_only_what_needs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "WORKER", [sys.executable, "-c", FAKE_WORKER])
+    monkeypatch.setattr(plans, "WORKER", [sys.executable, "-c", FAKE_WORKER])
     result = CliRunner().invoke(app, ["probe", "--suite", "text", "--out", str(tmp_path / "out")])
     assert result.exit_code == 1
     lines = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
@@ -276,7 +279,7 @@ def test_an_error_without_words_says_where_it_was_raised(tmp_path: Path) -> None
     assert reason(ValueError("no\n such thing")) == "ValueError: no such thing"
 
 
-def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_are_not_run_again(plan: plans.Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     def summary(name: str) -> dict[str, Any]:
         if name == "text":
             return {"perplexity": 2.0, "by_position": [{"from": 0, "to": 64, "perplexity": 2.0}]}
@@ -284,7 +287,7 @@ def test_finished_cells_are_not_run_again(plan: run.Plan, monkeypatch: pytest.Mo
 
     for cell in plan.cells:
         store(plan, "auto", cell.name, summary(cell.name))
-    monkeypatch.setattr(run, "WORKER", ["must-not-be-started"])
+    monkeypatch.setattr(plans, "WORKER", ["must-not-be-started"])
     command = ["probe", "--suite", "text", "--kv-cache-dtypes", "auto", "--out", str(plan.folder)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
@@ -302,9 +305,9 @@ def test_only_the_cells_that_were_asked_for_run(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_that_is_cut_short_leaves_what_it_lacks(
-    plan: run.Plan, monkeypatch: pytest.MonkeyPatch
+    plan: plans.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(plan: run.Plan, dtype: str, *_: Any) -> dict[str, str]:
+    def stop(plan: plans.Plan, dtype: str, *_: Any) -> dict[str, str]:
         if dtype != "auto":
             raise KeyboardInterrupt
         store(plan, dtype, "text", {})
@@ -318,12 +321,14 @@ def test_a_run_that_is_cut_short_leaves_what_it_lacks(
 
 
 def test_dtypes_are_spread_over_gpus_after_the_baseline(
-    plan: run.Plan, monkeypatch: pytest.MonkeyPatch
+    plan: plans.Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[str, str]] = []
     both = threading.Barrier(2)
 
-    def record(plan: run.Plan, dtype: str, cells: Any, progress: Any, task: Any, gpus: str) -> dict[str, str]:
+    def record(
+        plan: plans.Plan, dtype: str, cells: Any, progress: Any, task: Any, gpus: str
+    ) -> dict[str, str]:
         if dtype != "auto":
             # Ends only if two run at a time.
             both.wait(timeout=60)

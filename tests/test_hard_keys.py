@@ -23,9 +23,14 @@ from typer.testing import CliRunner
 from vllm_polarquant import cli
 from vllm_polarquant.check import read_config, read_shape
 from vllm_polarquant.codec import decode, encode
-from vllm_polarquant.eval import hard_keys, results, run
+from vllm_polarquant.eval import plan as plans
+from vllm_polarquant.eval import results
 from vllm_polarquant.eval.cli import app
-from vllm_polarquant.eval.hard_keys import EDITS, PROBE_ENGINE, Case, SkipPlan, skip_plan, write_edit
+from vllm_polarquant.eval.hard_keys.cases import Case, SkipPlan, skip_plan
+from vllm_polarquant.eval.hard_keys.checkpoint import EditError
+from vllm_polarquant.eval.hard_keys.command import PROBE_ENGINE, dtypes_of, write_suite
+from vllm_polarquant.eval.hard_keys.edits import EDITS, write_edit
+from vllm_polarquant.eval.hard_keys.table import rows
 from vllm_polarquant.eval.measures import Outcome
 from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
@@ -130,7 +135,7 @@ def test_an_edit_is_made_once_and_named_by_all_that_it_depends_on(tmp_path: Path
 
 def test_models_that_cannot_be_edited_are_named(tmp_path: Path) -> None:
     def refused(words: str, name: str = "uneven", layers: list[int] | None = None) -> None:
-        with pytest.raises(hard_keys.EditError, match=words):
+        with pytest.raises(EditError, match=words):
             write_edit(tmp_path / "model", name, 10, layers or [1], 0, tmp_path / "out")
 
     shutil.copytree(MODEL_DIR, tmp_path / "model")
@@ -402,18 +407,18 @@ def test_command_names_bad_input(arguments: list[str], words: str, tmp_path: Pat
 @pytest.fixture
 def cases(models: dict[str, Path], tmp_path: Path) -> list[Case]:
     """The unedited probe and its biased copy, with k4v4 and with the layers of `check` skipped."""
-    suite = hard_keys._suite(tmp_path, 2, 128, 0, PROBE_ENGINE)
+    suite = write_suite(tmp_path, 2, 128, 0, PROBE_ENGINE)
     dtypes = ["auto", "polarquant_k4v4"]
 
     def case(name: str) -> Case:
         cells = load_suite(str(suite), PROBE_ENGINE)
-        plan = run.Plan(str(models[name]), dtypes, str(suite), cells, PROBE_ENGINE, 0, tmp_path / name)
+        plan = plans.Plan(str(models[name]), dtypes, str(suite), cells, PROBE_ENGINE, 0, tmp_path / name)
         return Case(name, judge(models[name]), plan, {(1, 3): skip_plan(plan, EDITED)})
 
     return [case("none"), case("bias")]
 
 
-def store(plan: run.Plan, dtype: str, summary: dict[str, Any]) -> None:
+def store(plan: plans.Plan, dtype: str, summary: dict[str, Any]) -> None:
     logprobs = torch.randn(1, 64, 8).log_softmax(-1).numpy()
     ids = torch.arange(8).expand(1, 64, 8).numpy()
     arrays = {"actual": logprobs[..., 0], "ids": ids, "logprobs": logprobs}
@@ -434,7 +439,7 @@ def test_rows_put_edited_beside_unedited(cases: list[Case]) -> None:
         store(case.plain, "auto", {"perplexity": 8.0})
         store(case.plain, "polarquant_k4v4", {"perplexity": 9.0, "kl": kl_all})
         store(case.skipped[1, 3], "polarquant_k4v4", {"perplexity": 8.1, "kl": kl_skipped})
-    found = hard_keys.rows(cases)
+    found = rows(cases)
     assert [(row["keys"], row["kv_cache_dtype"]) for row in found] == [
         (name, dtype) for name in ("none", "bias") for dtype in ("auto", "polarquant_k4v4")
     ]
@@ -465,7 +470,7 @@ for key in job["keys"]:
 def test_failures_are_reported_and_the_table_still_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "WORKER", [sys.executable, "-c", FAKE_WORKER])
+    monkeypatch.setattr(plans, "WORKER", [sys.executable, "-c", FAKE_WORKER])
     arguments = ["hard-keys", "--edits", "uneven:10", "--out", str(tmp_path / "out")]
     result = runner.invoke(app, arguments)
     assert result.exit_code == 1
@@ -477,7 +482,7 @@ def test_failures_are_reported_and_the_table_still_shown(
 
 
 def test_all_is_every_preset() -> None:
-    assert hard_keys._dtypes("all") == ["auto", *PRESETS]
+    assert dtypes_of("all") == ["auto", *PRESETS]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from engine_runs import MODEL, child_env
 
 pytest.importorskip("lm_eval")
 
-from vllm_polarquant.eval.measures.tasks import FOLDER
+from vllm_polarquant.eval.measures.tasks.lookup import FOLDER
 
 
 def has_vllm_metadata() -> bool:

@@ -20,13 +20,17 @@ from typer.testing import CliRunner
 pytest.importorskip("lm_eval")
 
 from vllm_polarquant.eval.cli import app
-from vllm_polarquant.eval.measures import Outcome, tasks
+from vllm_polarquant.eval.measures import Outcome
+from vllm_polarquant.eval.measures.tasks import lookup, measure
+from vllm_polarquant.eval.measures.tasks.outcomes import RIGHT_CHOICE, collect
+from vllm_polarquant.eval.measures.tasks.params import Params
+from vllm_polarquant.eval.measures.tasks.summary import summarise
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import load_suite, suite_names
 from vllm_polarquant.format import PRESETS
 
 PRESET = "polarquant_k3v3"
-CHOICE = f"{tasks.RIGHT_CHOICE},none"
+CHOICE = f"{RIGHT_CHOICE},none"
 TEXTS, CHOICES = 2, 2
 
 
@@ -37,7 +41,7 @@ def sample(doc: int, **metrics: Any) -> dict[str, Any]:
 
 def test_outcomes_are_kept_by_document() -> None:
     choice = {"filtered_resps": [(-1.0, False), (-3.0, False)], "target": "1"}
-    arrays = tasks.collect(
+    arrays = collect(
         {
             "a": [sample(1, acc=0.0) | choice, sample(0, acc=1.0) | choice | {"target": 0}],
             "b": [sample(0, word_perplexity=(-30.0, 10), inst_level=[True, False, True])],
@@ -60,15 +64,15 @@ def test_outcomes_are_kept_by_document() -> None:
 
 def test_a_summary_compares_the_same_documents_only() -> None:
     def run(right: list[int]) -> dict[str, np.ndarray]:
-        return tasks.collect({"t": [sample(i, acc=float(r)) for i, r in enumerate(right)]})
+        return collect({"t": [sample(i, acc=float(r)) for i, r in enumerate(right)]})
 
-    params = tasks.Params("t")
+    params = Params("t")
     results = {
         "all": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.125}},
         "higher_is_better": {"t": {"acc": True}},
     }
     base, have = run([1] * 8), run([0] * 7 + [1])
-    summary = tasks.summarise(params, have, results, Outcome({}, base))
+    summary = summarise(params, have, results, Outcome({}, base))
     assert summary["metrics"]["acc,none"]["value"] == 0.125
     assert summary["metrics"]["acc,none"]["standard_error"] == 0.125
     found = summary["against_baseline"]["acc,none"]
@@ -77,18 +81,18 @@ def test_a_summary_compares_the_same_documents_only() -> None:
     other = run([1] * 8)
     other["documents"][3] = "t/3/changed"
     with pytest.raises(RuntimeError, match="other documents"):
-        tasks.summarise(params, have, results, Outcome({}, other))
+        summarise(params, have, results, Outcome({}, other))
     with pytest.raises(ValueError, match=r"no metric 'f1,none' by document; it has acc,none"):
-        tasks.summarise(tasks.Params("t", metric="f1,none"), have, results, None)
+        summarise(Params("t", metric="f1,none"), have, results, None)
 
 
 @pytest.mark.parametrize("suite", suite_names())
 def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
     """In the installed lm-eval, and prompts are longer than a chunk."""
     for cell in load_suite(suite):
-        if cell.measure is not tasks.MEASURE:
+        if cell.measure is not measure.MEASURE:
             continue
-        known = tasks.describe(cell.params.task)
+        known = lookup.describe(cell.params.task)
         assert known["tasks"] >= 1 and known["lm_eval"]
         assert bool(known["hub"]) is not (suite == "local" or cell.params.task == "ruler")
         assert cell.params.chunk <= 512 and cell.engine["long_prefill_token_threshold"] == cell.params.chunk
@@ -106,7 +110,7 @@ def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
 )
 def test_bad_parameters_are_named(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        tasks.Params("gsm8k", **given)
+        Params("gsm8k", **given)
 
 
 def command(tmp_path: Path, cell: dict[str, Any], *arguments: str) -> Any:
@@ -126,7 +130,7 @@ def test_the_command_names_unknown_tasks_and_wrong_limits(tmp_path: Path) -> Non
 
 
 def test_the_command_says_how_to_install_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (tasks.describe, tasks._manager):
+    for cached in (lookup.describe, lookup.manager):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert "pip install 'lm-eval" in command(tmp_path, {"task": "probe_text"})
@@ -139,13 +143,13 @@ def test_results_are_named_by_the_task_itself(tmp_path: Path) -> None:
         (tmp_path / "mine.yaml").write_text(
             f"task: mine\ndataset_path: json\noutput_type: generate_until\ndoc_to_text: '{template}'\n"
         )
-        for cached in (tasks.describe, tasks._manager):
+        for cached in (lookup.describe, lookup.manager):
             cached.cache_clear()
 
     write("{{a}}")
-    first = tasks.describe("mine", str(tmp_path))
+    first = lookup.describe("mine", str(tmp_path))
     write("{{b}}")
-    assert tasks.describe("mine", str(tmp_path))["config"] != first["config"]
+    assert lookup.describe("mine", str(tmp_path))["config"] != first["config"]
     assert first["hub"] == []
 
 
@@ -224,7 +228,7 @@ class TestEngines:
         """Nats of all documents are those of a forward pass over codes; in one chunk no code shows."""
         from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=str(tasks.FOLDER), include_defaults=False)
+        manager = TaskManager(include_path=str(lookup.FOLDER), include_defaults=False)
         docs = manager.load(["probe_text"])["tasks"]["probe_text"].dataset["test"]
         tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
         for dtype, vectors, tolerance in (("auto", (None, None), 0.002), (PRESET, PRESETS[PRESET], 0.03)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vllm_polarquant.eval.measures import greedy, next_token, retrieval, tasks
+from vllm_polarquant.eval.measures import greedy, next_token, retrieval
 from vllm_polarquant.eval.measures.base import Measure, Outcome
+from vllm_polarquant.eval.measures.tasks import measure as tasks
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure

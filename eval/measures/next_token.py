@@ -22,6 +22,7 @@ import numpy as np
 
 from vllm_polarquant.eval.measures.base import Measure, Outcome
 from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
+from vllm_polarquant.eval.statistics import Z
 
 BLOCK = 64
 """Errors of neighbouring tokens are alike: standard errors are over the means of so many."""
@@ -156,10 +157,10 @@ def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outco
 def _columns(summary: dict[str, Any]) -> dict[str, str]:
     shown = {"perplexity": f"{summary['perplexity']:.3f}"}
     if "kl" in summary:
-        error = 1.96 * summary["nll_difference_standard_error"]
+        error = Z * summary["nll_difference_standard_error"]
         shown |= {
             "NLL difference": f"{summary['nll_difference']:+.4f} ± {error:.4f}",
-            "KL, nats": f"{summary['kl']:.4f} ± {1.96 * summary['kl_standard_error']:.4f}",
+            "KL, nats": f"{summary['kl']:.4f} ± {Z * summary['kl_standard_error']:.4f}",
             "same top-1": f"{summary['top1_agreement']:.1%}",
         }
     return shown

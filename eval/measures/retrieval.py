@@ -19,7 +19,9 @@ from vllm_polarquant.eval.probe.episodes import (
 
 DEPTHS = 5
 PAIRS = (20, 30, 40, 60)
-MAX_ANSWER_TOKENS = 12
+ANSWER_TOKENS = 12
+"""Four hex characters and a quote with any tokenizer, with room to go wrong; the quote ends an answer."""
+
 LENGTHS = ("1000", "2000", "3500")
 
 
@@ -94,7 +96,7 @@ def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outco
     contexts = llm.generate([row["prompt"] for row in rows], one, use_tqdm=False)
     tokens = {row["id"]: len(out.prompt_token_ids) for row, out in zip(rows, contexts, strict=True)}
     answer = SamplingParams(
-        temperature=0, max_tokens=MAX_ANSWER_TOKENS, stop=["'"], include_stop_str_in_output=True
+        temperature=0, max_tokens=ANSWER_TOKENS, stop=["'"], include_stop_str_in_output=True
     )
     outputs = llm.generate([query_prompt(row, query) for row, query in asked], answer, use_tqdm=False)
     items = [

@@ -31,6 +31,15 @@ def read_text(source: str) -> str:
     return content
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A prompt's tokens. Some tokenizers of converted models ask for a BOS that their files do not add."""
+    ids = list(tokenizer.encode(text))
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if getattr(tokenizer, "add_bos_token", False) and bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    return ids
+
+
 def token_rows(tokenizer: Any, source: str, rows: int, tokens: int) -> list[list[int]]:
     """Rows of exactly `tokens` tokens that start at lines spread evenly over the text.
 
@@ -46,7 +55,7 @@ def token_rows(tokenizer: Any, source: str, rows: int, tokens: int) -> list[list
         begin = min(starts, key=lambda start: abs(start - row * len(text) // rows))
         # No tokenizer's tokens are 20 characters long on average.
         end = min((row + 1) * len(text) // rows, begin + 20 * tokens)
-        ids = tokenizer.encode(text[begin:end])[:tokens]
+        ids = encode(tokenizer, text[begin:end])[:tokens]
         if len(ids) < tokens:
             raise ValueError(
                 f"text {source!r} is too short for {rows} rows of {tokens} tokens: one has only "

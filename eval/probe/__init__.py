@@ -1,1 +1,1 @@
-"""The probe model: how it is trained, its data, and helpers that read them."""
+"""The probe model: its weights, its data, and helpers that read them."""

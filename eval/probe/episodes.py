@@ -18,8 +18,10 @@ DATA_DIR = Path(__file__).resolve().parent / "data"
 MODEL_DIR = Path(__file__).resolve().parent / "model"
 
 HEADER = "table = {}\n"
-#: Enough new tokens for an answer and its closing quote with the probe's tokenizer, plus one spare.
-MAX_ANSWER_TOKENS = 4
+PROBE_ANSWER_TOKENS = 4
+"""Of the probe's tokenizer: two for four hex characters, one for the closing quote, and a spare one."""
+
+MAX_ANSWER_TOKENS = PROBE_ANSWER_TOKENS
 
 
 def pair_line(key: str, value: str) -> str:

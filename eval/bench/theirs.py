@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from vllm_polarquant.eval.contenders import Inputs, Layer
+from vllm_polarquant.eval.bench.inputs import Inputs, Layer
 
 
 class _EngineLayer:

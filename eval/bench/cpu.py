@@ -1,6 +1,6 @@
 """Decode attention on CPU: packed pages against vLLM's own operator on 16-bit pages.
 
-    python -m vllm_polarquant.eval.bench_cpu --context 4096
+    python -m vllm_polarquant.eval.bench.cpu --context 4096
 
 The two take turns, and the ratio is the median over the turns, so that other work on the machine
 disturbs both alike. Each call reads the pages of the next of many layers, as serving does: pages that
@@ -21,9 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_polarquant import reference
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
-from vllm_polarquant.format import DEFAULT_PRESET, PolarFormat
-from vllm_polarquant.kernels import cpu
+from vllm_polarquant.eval.bench.ours import dense_torch
+from vllm_polarquant.format import DEFAULT_PRESET, Slot
+from vllm_polarquant.kernels.ops import Batch, LayerShape, Limits, operations
+from vllm_polarquant.page import Page
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 2, 128, 128
 NATIVE_BYTES = 256 << 20
@@ -73,20 +76,23 @@ def _native(query: torch.Tensor, blocks: torch.Tensor, lens: torch.Tensor) -> Ca
 
 
 def _ours(preset: str, query: torch.Tensor, blocks: torch.Tensor, lens: torch.Tensor) -> Callable[[], None]:
-    fmt = PolarFormat(preset, HEAD_DIM, BLOCK_SIZE)
-    constants = tables(fmt, query.dtype, query.device)
-    pages = torch.randint(256, (blocks.numel(), KV_HEADS, BLOCK_SIZE, fmt.slot_bytes), dtype=torch.uint8)
-    views = reference.page_views(pages, fmt)
+    slot, batch = Slot(preset, HEAD_DIM), len(lens)
+    ops = operations(LayerShape(slot, HEADS, KV_HEADS, query.dtype, query.device), Limits(batch), dense_torch)
+    constants, attention = tables(slot, query.dtype, query.device), Attention(HEAD_DIM**-0.5)
+    pages = torch.randint(256, (blocks.numel(), KV_HEADS, BLOCK_SIZE, slot.nbytes), dtype=torch.uint8)
+    page = Page(slot, BLOCK_SIZE)
+    views = reference.page_views(pages, page, reference.rows(page))
     views.key_radius.fill_(0.1)
     views.value_radius.fill_(0.1)
     layers = cycle(pages.clone() for _ in range(_layers(blocks)))
-    starts = torch.arange(len(lens) + 1, dtype=torch.int32)
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    plan = ops.planner().plan(
+        Batch(batch, batch, 0, batch, starts, starts, lens, blocks, torch.empty(0, dtype=torch.int32))
+    )
     out = torch.empty_like(query)
 
     def call() -> None:
-        cpu.decode_attention(
-            query, next(layers), blocks, lens, starts, 1, fmt, constants, HEAD_DIM**-0.5, out
-        )
+        ops.decode(query, next(layers), plan, attention, constants, out)
 
     return call
 

@@ -6,11 +6,12 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import Literal, get_args
 
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
 Operation = Literal["decode", "store", "prefix"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 Lengths = Literal["equal", "mixed", "one long"]
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import episodes as ep
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from vllm_polarquant.eval.probe import episodes as ep
 
 BOUNDARY = "<|endoftext|>"  # opens every document; also BOS, EOS and padding
 BOUNDARY_ID = 0

@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from vllm_polarquant.eval.dtypes import BASELINE
 from vllm_polarquant.eval.measures.retrieval import DEPTHS
-from vllm_polarquant.eval.report import Report, path_of
+from vllm_polarquant.eval.report.page import Report, path_of
+from vllm_polarquant.eval.statistics import Z
 
-BASELINE = "auto"
-Z95 = 1.96
 CAPTION = "In the plots `k4v4` is `polarquant_k4v4`, `tq` is `turboquant` and `@every` is `@every-layer`."
 DPI = 100
 _MARKERS = "os^vDPX*"
@@ -98,12 +98,10 @@ def _bytes(path: Path, found: Report) -> bool:
     sizes = {name: size for name in scored if (size := found["dtypes"][name]["bytes"])}
     figure, places = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     kl = {
-        name: (s["kl"], Z95 * s["kl_standard_error"])
-        for name in sizes
-        if (s := scored[name]).get("kl", 0) > 0
+        name: (s["kl"], Z * s["kl_standard_error"]) for name in sizes if (s := scored[name]).get("kl", 0) > 0
     }
     rise = {
-        name: (math.expm1(s["nll_difference"]), Z95 * s["nll_difference_standard_error"])
+        name: (math.expm1(s["nll_difference"]), Z * s["nll_difference_standard_error"])
         for name in sizes
         if "nll_difference" in (s := scored[name])
     }

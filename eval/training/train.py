@@ -1,6 +1,6 @@
 """Train the probe model on the Python source of this machine and export it as an HF Llama.
 
-    python eval/probe/train.py --out build/probe --minutes 8
+    python eval/training/train.py --out build/probe --minutes 8
 
 ``--minutes`` bounds the whole run, data preparation and final checks included; the learning rate
 follows the share of the time used, so that any budget ends with a finished model.
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import corpus
-import episodes as ep
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,6 +30,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vllm_polarquant.eval.probe import episodes as ep
 
 Logits = Callable[[Tensor], Tensor]
 

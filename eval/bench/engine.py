@@ -1,0 +1,198 @@
+"""Capacity and speed of KV cache dtypes in the whole engine, one child a dtype, on dummy weights.
+
+    python -m vllm_polarquant.eval.bench.engine --out bench-engine
+
+Prompts are random tokens, so no two share a block unless they are meant to. Prefill and time to first
+token are taken from prompts that nobody has sent before. TPOT comes from runs off the prefix cache: the
+engine stamps each request's first and last token, and once all of a batch decode together,
+(last - first) / (tokens - 1) is the time of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_polarquant.eval import isolate
+from vllm_polarquant.eval.bench.engine_page import TITLE, sections
+from vllm_polarquant.eval.report.cells import shown
+from vllm_polarquant.eval.report.environment import (
+    check_same,
+    dates,
+    earlier,
+    environment,
+    machine,
+    query_gpu,
+)
+from vllm_polarquant.eval.report.page import Report, markdown_table, save, write
+from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
+
+MODEL = Path(__file__).parents[1] / "models" / "llama-3.1-8b"
+DTYPES = ("auto", "fp8", DEFAULT_PRESET, "turboquant_4bit_nc", "int4_per_token_head")
+
+WORKER = isolate.module("vllm_polarquant.eval.bench.engine_worker")
+CLOCK_EVERY_S = 20.0
+"""Between two looks at the clock of a busy GPU."""
+
+Shape = tuple[int, int]
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Pairs from "8x1024,32x16384"; none from "".
+
+    Raises:
+        typer.BadParameter: naming what is not two positive numbers.
+    """
+    shapes = []
+    for part in filter(None, text.split(",")):
+        first, _, second = part.partition("x")
+        if not (first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+            raise typer.BadParameter(f"{part!r} is not two positive numbers like 8x1024")
+        shapes.append((int(first), int(second)))
+    return shapes
+
+
+def _run(dtype: str, plan: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Findings of one dtype, with "error" if it ended early, and the clocks of the GPU meanwhile."""
+    found: dict[str, Any] = {}
+    clocks: list[str] = []
+    started = time.monotonic()
+    ends, look = started + plan["limit_s"], started + CLOCK_EVERY_S
+    error = ""
+    with isolate.Child(WORKER, {"dtype": dtype, "plan": plan}) as worker:
+        while (now := time.monotonic()) < ends:
+            try:
+                name, finding = worker.report(max(0.0, min(ends, look) - now))
+            except isolate.Ended as ended:
+                error = f"ended with {ended.status}" if ended.status else ""
+                break
+            except TimeoutError:
+                clocks += [state["SM clock"]] if "SM clock" in (state := query_gpu()) else []
+                look += CLOCK_EVERY_S
+            else:
+                found[name] = finding
+                console.print(f"[{now - started:5.0f} s] {dtype} {name}: {shown(finding)}", markup=False)
+        else:
+            error = f"exceeded {plan['limit_s']:.0f} s"
+    if clocks:
+        found["sm_clocks"] = clocks
+    # What the process itself said is worth more than its exit status.
+    return ({"error": error} if error else {}) | found
+
+
+def kept(old: Report, new: Report) -> Report:
+    """`new`, still without runs, behind the runs of an earlier report; not ours, if of another version.
+
+    Raises:
+        typer.BadParameter: naming what differs, if they cannot stand in one table.
+    """
+    ours = "vllm-polarquant"
+
+    def conditions(found: Report) -> dict[str, Any]:
+        # As JSON gives it back.
+        plan = json.loads(json.dumps(found["plan"]))
+        # The shipped model lies elsewhere in a wheel and in a checkout.
+        model = {"model": Path(plan["model"]).name}
+        where = machine(found)
+        where.pop(ours, None)
+        return where | {k: v for k, v in plan.items() if k != "limit_s"} | model
+
+    check_same(conditions(old), conditions(new))
+    runs = old["runs"]
+    if old["environment"].get(ours) != new["environment"].get(ours):
+        runs = {name: run for name, run in runs.items() if name not in PRESETS}
+    version = {k: v for k, v in new["environment"].items() if k == ours}
+    return {
+        **old,
+        "environment": old["environment"] | version | dates(old, new),
+        "runs": runs,
+        "command": f"{old['command']} && {new['command']}",
+    }
+
+
+def main(
+    dtypes: Annotated[
+        str, typer.Option(help="--kv-cache-dtype names, comma-separated; the first is the baseline.")
+    ] = ",".join(DTYPES),
+    model: Annotated[str, typer.Option(help="Folder with a config.json.")] = str(MODEL),
+    cells: Annotated[str, typer.Option(help="TPOT at BATCHxCONTEXT, comma-separated.")] = (
+        "1x1024,8x1024,32x1024,8x16384,32x16384"
+    ),
+    prefill: Annotated[str, typer.Option(help="Prefill rate of PROMPTSxTOKENS.")] = "4x16384",
+    ttft: Annotated[str, typer.Option(help="TTFT of one prompt of so many tokens.")] = "1024,16384",
+    ttft_prefix: Annotated[str, typer.Option(help="TTFT of PREFIXxNEW tokens, prefix cached.")] = "",
+    full_memory: Annotated[str, typer.Option(help="Throughput with as many such contexts as fit.")] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded a request.", min=2)] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed runs of everything.", min=1)] = 3,
+    max_seqs: Annotated[int, typer.Option(help="max_num_seqs; 0: the largest batch asked for.")] = 0,
+    engine: Annotated[str, typer.Option(help="More engine arguments, a JSON object.")] = (
+        '{"gpu_memory_utilization": 0.9}'
+    ),
+    limit: Annotated[float, typer.Option(help="Seconds that one dtype may take.")] = 300.0,
+    out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png files.")] = Path("bench-engine"),
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Add to the report at --out, made here with the same plan.")
+    ] = False,
+    render: Annotated[Path | None, typer.Option(help="Only redraw this JSON report to --out.")] = None,
+) -> None:
+    """Measure every dtype; one that fails or takes too long keeps what it found, the rest are finished."""
+    console = Console()
+    if render is not None:
+        old = json.loads(render.read_text())
+        console.print(*write(out, TITLE, old, sections(old)), sep="\n")
+        return
+    grid, prefills, prefixes = (parse_shapes(text) for text in (cells, prefill, ttft_prefix))
+    alone, full = ([int(n) for n in filter(None, text.split(","))] for text in (ttft, full_memory))
+    contexts = [context for _, context in grid + prefills] + [sum(shape) for shape in prefixes] + alone + full
+    if not contexts:
+        raise typer.BadParameter("nothing to measure: give --cells, --prefill, --ttft or --full-memory")
+    batches = [batch for batch, _ in grid + prefills]
+    plan = {
+        "model": model,
+        "cells": grid,
+        "prefill": prefills,
+        "ttft": alone,
+        "ttft_prefix": prefixes,
+        "full_memory": full,
+        "tokens": tokens,
+        "repeats": repeats,
+        "max_model_len": max(contexts) + tokens + 16,
+        "max_num_seqs": max_seqs or max([*batches, 256 if full else 1]),
+        "limit_s": limit,
+        "engine": json.loads(engine),
+    }
+    asked = shlex.join(sys.argv[1:])
+    found: Report = {
+        "environment": environment(),
+        "command": f"python -m {__spec__.name} {asked}".strip(),
+        "plan": plan,
+        "runs": {},
+    }
+    if keep:
+        found = kept(earlier(out), found)
+    for dtype in dtypes.split(","):
+        console.print(f"[bold]{dtype}[/]")
+        run = _run(dtype, plan, console)
+        found["runs"][dtype] = run
+        # The clock of a busy GPU; an idle one's says nothing.
+        busy = max(run.pop("sm_clocks", []), key=lambda clock: float(clock.split()[0]), default=None)
+        if busy is not None:
+            found["environment"]["SM clock"] = busy
+        save(out, found)
+    for section in sections(found):
+        console.print(f"\n{section.title}")
+        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
+    console.print(*write(out, TITLE, found, sections(found)), sep="\n")
+    if all("error" in run for run in found["runs"].values()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, beside the baseline on the same documents."""
