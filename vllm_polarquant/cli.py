@@ -16,26 +16,26 @@ from rich.table import Table
 
 from vllm_polarquant import __version__
 from vllm_polarquant.check import (
+    MOST,
     ConfigError,
     Shape,
-    check_config,
+    Verdict,
+    check_weights,
+    judge,
+    layer_count,
     read_config,
-    read_shape,
     tokens_that_fit,
     weight_bytes,
 )
-from vllm_polarquant.format import (
-    BLOCK_SIZE_MULTIPLE,
-    DEFAULT_PRESET,
-    PRESETS,
-    PolarFormat,
-    UnsupportedFormat,
-    VectorFormat,
-)
+from vllm_polarquant.format import DEFAULT_PRESET, PRESETS, Slot, UnsupportedFormat, VectorFormat
 from vllm_polarquant.keys import MAX_BITS_LOST, KeyReport, judge_keys
+from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
+from vllm_polarquant.support import ranges, refusals, table, unknown_skips
 
 GIB = 1 << 30
 SAMPLE_VECTORS = 2048
+MOST_HARD_LAYERS = 8
+"""Shown without --all."""
 NOT_SUPPORTED, BAD_INPUT = 1, 2
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 
 def _fail(message: object) -> NoReturn:
-    typer.echo(f"polarquant: {message}", err=True)
+    typer.echo(f"polarquant: {' '.join(str(message).split())}", err=True)
     raise typer.Exit(BAD_INPUT)
 
 
@@ -96,8 +96,8 @@ def format_rows(head_dim: int) -> list[dict[str, Any]]:
     Raises:
         UnsupportedFormat: if no page exists for head_dim.
     """
-    formats = {preset: PolarFormat(preset, head_dim, BLOCK_SIZE_MULTIPLE) for preset in PRESETS}
-    vectors = {v for fmt in formats.values() for v in (fmt.key, fmt.value)}
+    slots = {preset: Slot(preset, head_dim) for preset in PRESETS}
+    vectors = {v for slot in slots.values() for v in (slot.key, slot.value)}
     distortion = {v: measure_distortion(v, head_dim) for v in vectors}
     # fp8 here is e4m3 with a scale a vector, as k8v4 stores keys; vLLM's fp8 has one a tensor.
     fp8 = distortion[PRESETS["polarquant_k8v4"][0]]
@@ -117,8 +117,8 @@ def format_rows(head_dim: int) -> list[dict[str, Any]]:
         row("auto", 4 * head_dim, 0.0, 0.0),
         row("fp8", 2 * head_dim, fp8, fp8),
         *(
-            row(preset, fmt.slot_bytes, distortion[fmt.key], distortion[fmt.value])
-            for preset, fmt in formats.items()
+            row(preset, slot.nbytes, distortion[slot.key], distortion[slot.value])
+            for preset, slot in slots.items()
         ),
     ]
 
@@ -168,16 +168,27 @@ def _gib(size: float) -> str:
 
 
 def _local(model: Path) -> Path:
-    """Where a hub name's files lie in the Hugging Face cache; other paths, and names not there, as given."""
-    if model.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
+    """Where a hub name's files lie in the Hugging Face cache; other paths as given.
+
+    Raises:
+        ConfigError: for a hub name that is not in the cache.
+    """
+    try:
+        there = model.exists()
+    except OSError as error:
+        raise ConfigError(f"cannot read {model}: {error.strerror}") from None
+    if there or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
         return model
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(model), local_files_only=True))
-    except LocalEntryNotFoundError:
-        return model
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise ConfigError(
+            f"there is no folder {model}, and as a model of the hub it is not in the local cache; "
+            f"`hf download {model}` puts it there (with `config.json` after it: that file alone)"
+        ) from None
 
 
 def _keys_json(keys: KeyReport) -> dict[str, Any]:
@@ -203,98 +214,73 @@ def _keys_json(keys: KeyReport) -> dict[str, Any]:
     }
 
 
-def _show_keys(keys: KeyReport, shape: Shape, kv_cache_dtype: str) -> None:
-    if keys.hard:
-        typer.echo(
-            f"Warning: hard keys in {len(keys.hard)} of {shape.layers} layers. Rotated codes lose these bits "
-            "there:"
+def _keys_line(keys: KeyReport, shape: Shape, kv_cache_dtype: str) -> str:
+    """What to do about hard keys, in a line or two."""
+    layers = len(shape.indices)
+    if not keys.hard:
+        worst = max((layer.bits_lost for layer in keys.layers), default=0.0)
+        return (
+            f"No hard keys in the weights of {len(keys.layers)} layers: at most {worst:.2f} bits of a code "
+            f"are lost, {MAX_BITS_LOST:g} would be told."
         )
-        table = _table("layer", "KV head", "bits lost", "noise power")
-        table.add_column("cause", overflow="fold")
-        for layer in keys.hard:
-            table.add_row(
+    worst = max(layer.bits_lost for layer in keys.hard)
+    line = f"Warning: hard keys in {len(keys.hard)} of {layers} layers; codes lose up to {worst:.1f} bits. "
+    if 2 * len(keys.hard) > layers:
+        return line + (
+            "Too many to skip: serve with fp8, or measure polarquant_k8v4, which loses least, on your task "
+            "(polarquant-eval)."
+        )
+    auto = shape.token_bytes("auto") * len(keys.hard) // layers
+    mixed = auto + shape.token_bytes(kv_cache_dtype) * (layers - len(keys.hard)) // layers
+    ratio = shape.token_bytes("auto") / mixed
+    return line + (
+        f"Keep them in 16 bits: {keys.flag}\n"
+        f"A token then takes {mixed:,} bytes, {ratio:.2f} times less than with auto."
+    )
+
+
+def _show_hard_layers(keys: KeyReport, every: bool) -> None:
+    worst = sorted(keys.hard, key=lambda layer: -layer.bits_lost)
+    shown = worst if every else worst[:MOST_HARD_LAYERS]
+    if shown:
+        rows = _table("hard layer", "KV head", "bits lost", "noise power")
+        rows.add_column("cause", overflow="fold")
+        for layer in shown:
+            rows.add_row(
                 str(layer.layer),
                 str(layer.kv_head),
                 f"{layer.bits_lost:.1f}",
                 f"x {layer.excess:,.1f}",
                 f"{layer.tensor.removeprefix('model.')}: {layer.what}",
             )
-        Console().print(table)
-        native, left = len(keys.hard), shape.layers - len(keys.hard)
-        auto = shape.token_bytes("auto")
-        mixed = (auto * native + shape.token_bytes(kv_cache_dtype) * left) // shape.layers
-        typer.echo(f"Keep them in 16 bits: {keys.flag}")
-        typer.echo(f"A token then takes {mixed:,} bytes, {auto / mixed:.2f} times less than with auto.")
-        if native > left:
-            typer.echo("That is most of the layers: fp8 may be the better choice; measure both.")
-    elif keys.layers:
-        worst = max(layer.bits_lost for layer in keys.layers)
-        typer.echo(
-            f"No hard keys in the weights of {len(keys.layers)} layers: at most {worst:.2f} bits of a code "
-            f"are lost, {MAX_BITS_LOST:g} would be told."
+        Console().print(rows)
+    if len(shown) < len(worst):
+        typer.echo(f"The worst {len(shown)} of {len(worst)} hard layers; --all shows all.")
+
+
+def _skips(text: str | None, config: dict[str, Any]) -> dict[str, Any]:
+    """The option as vLLM's EngineArgs takes it; vLLM itself says nothing of what names no layer."""
+    words = (text or "").replace(",", " ").split()
+    if unknown := unknown_skips(words, layer_count(config)):
+        raise ConfigError(
+            f"--kv-cache-dtype-skip-layers {unknown[0]} names no layer of this model; give numbers below "
+            f"{layer_count(config)}, or sliding_window"
         )
-    for note in keys.notes:
-        typer.echo(note)
+    return {"kv_cache_dtype_skip_layers": words} if words else {}
 
 
-@app.command()
-def check(
-    model: Annotated[
-        Path, typer.Argument(help="Folder of a model, its config.json, or a hub name in the local cache.")
-    ],
-    kv_cache_dtype: Annotated[str, typer.Option(help="The preset to check.")] = DEFAULT_PRESET,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of a request; the config's own limit by default.")
-    ] = None,
-    gpu_memory: Annotated[
-        float | None,
-        typer.Option(help="GiB that vLLM may use: GPU memory x --gpu-memory-utilization."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Say whether a model can use a preset, why not, how many tokens fit, and which layers have hard keys.
+def _show_refusal(model: Path, kv_cache_dtype: str, verdict: Verdict) -> None:
+    typer.echo(f"{kv_cache_dtype} is not supported for {model}:")
+    for problem in verdict.problems:
+        where = f" (layers {ranges(problem.layers)})" if problem.layers else ""
+        typer.echo(f"- {problem.feature}{where}: {problem.message}")
+    for way in verdict.ways_out:
+        typer.echo(f"Tried, and not refused with {way}.")
 
-    Exits with 0 if it can, 1 if it cannot and 2 if the input is wrong. Of the weights only the biases,
-    norms and projections that make the keys are read, from safetensors, a tensor at a time.
-    """
-    if kv_cache_dtype not in PRESETS:
-        _fail(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
-    if max_model_len is not None and max_model_len <= 0:
-        _fail(f"--max-model-len {max_model_len} is not a positive number of tokens")
-    # Written so that NaN fails too.
-    if gpu_memory is not None and not 0 < gpu_memory < 1 << 20:
-        _fail(f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
-    model = _local(model)
-    try:
-        config = read_config(model)
-        problems = check_config(config, kv_cache_dtype)
-        shape = None if problems else read_shape(config)
-    except ConfigError as error:
-        _fail(error)
 
-    report: dict[str, Any] = {
-        "model": str(model),
-        "kv_cache_dtype": kv_cache_dtype,
-        "supported": not problems,
-        "problems": [{"feature": p.feature, "message": p.message} for p in problems],
-    }
-    if shape is None:
-        if as_json:
-            typer.echo(json.dumps(report, indent=2))
-        else:
-            typer.echo(f"{kv_cache_dtype} is not supported for {model}:")
-            for problem in problems:
-                typer.echo(f"- {problem.feature}: {problem.message}")
-        raise typer.Exit(NOT_SUPPORTED)
-
-    length = max_model_len or shape.max_model_len
-    weights = weight_bytes(model, config) if gpu_memory is not None else None
-    kv_bytes = None if gpu_memory is None else int(gpu_memory * GIB) - (weights or 0)
-    if kv_bytes is not None and kv_bytes <= 0:
-        _fail(
-            f"the weights ({_gib(weights or 0)}) leave nothing of --gpu-memory {gpu_memory:g} for "
-            "the KV cache; give more, or check one GPU's share of a tensor-parallel model"
-        )
+def _capacity(
+    shape: Shape, kv_cache_dtype: str, length: int | None, kv_bytes: int | None
+) -> list[dict[str, Any]]:
     # A request takes whole blocks.
     padded = length and -(-length // BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
     rows: list[dict[str, Any]] = []
@@ -307,25 +293,10 @@ def check(
             if padded:
                 row["requests"] = round(row["tokens"] / padded, 2)
         rows.append(row)
-    report |= {
-        "layers": shape.layers,
-        "kv_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_model_len": length,
-        "weight_bytes": weights,
-        "kv_bytes": kv_bytes,
-        "capacity": rows,
-    }
-    keys = judge_keys(model, config, shape)
-    report["hard_keys"] = _keys_json(keys)
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
+    return rows
 
-    typer.echo(
-        f"{kv_cache_dtype} is supported for {model}: {shape.layers} layers, "
-        f"{shape.kv_heads} KV heads, head_dim {shape.head_dim}."
-    )
+
+def _show_capacity(rows: list[dict[str, Any]], length: int | None) -> None:
     headers = {
         "bytes_per_token": "bytes per\ntoken",
         "bytes_per_request": f"request of\n{length:,} tokens" if length else "",
@@ -339,11 +310,125 @@ def check(
         "requests": "{:,.2f}".format,
     }
     columns = [key for key in headers if key in rows[0]]
-    table = _table("--kv-cache-dtype", *(headers[key] for key in columns))
+    cells = _table("--kv-cache-dtype", *(headers[key] for key in columns))
     for row in rows:
-        cells = (show[key](row[key]) for key in columns)
-        table.add_row(row["kv_cache_dtype"], *cells)
-    Console().print(table)
+        cells.add_row(row["kv_cache_dtype"], *(show[key](row[key]) for key in columns))
+    Console().print(cells)
+
+
+def _sizes(shape: Shape, verdict: Verdict) -> str:
+    shapes = sorted({(c.kv_heads, c.head_dim) for c in shape.caches} or {(shape.kv_heads, shape.head_dim)})
+    text = f"{shape.layers} layers, " + " or ".join(f"{n} KV heads, head_dim {d}" for n, d in shapes)
+    native = shape.layers - len(shape.indices)
+    if native:
+        text += f", {native} of them in 16 bits"
+    if verdict.states:
+        text += f", beside {verdict.states} states of fixed size"
+    return text
+
+
+@app.command()
+def check(
+    model: Annotated[
+        Path, typer.Argument(help="Folder of a model, its config.json, or a hub name in the local cache.")
+    ],
+    kv_cache_dtype: Annotated[str, typer.Option(help="The preset to check.")] = DEFAULT_PRESET,
+    skip_layers: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache-dtype-skip-layers", help="As for vLLM, in one word: '0 31' or sliding_window."
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of a request; the config's own limit by default.")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that vLLM may use: GPU memory x --gpu-memory-utilization."),
+    ] = None,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Judge by config.json, at once, without vLLM.")
+    ] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every layer with hard keys.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a model can use a preset, why not, what to do, how much fits, and which keys are hard.
+
+    vLLM builds the model's layers without weights, in ten seconds or more. Exits with 0 if the preset can be
+    used, 1 if it cannot and 2 if the input is wrong. Of the weights only the biases, norms and projections
+    that make the keys are read, from safetensors, a tensor at a time.
+    """
+    if kv_cache_dtype not in PRESETS:
+        _fail(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
+    if max_model_len is not None and not 0 < max_model_len < MOST:
+        _fail(f"--max-model-len {max_model_len} is not a positive number of tokens below {MOST:,}")
+    # Written so that NaN fails too.
+    if gpu_memory is not None and not 0 < gpu_memory < 1 << 20:
+        _fail(f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
+    try:
+        model = _local(model)
+        config = read_config(model)
+        check_weights(model)
+        weights = weight_bytes(model, config)
+        verdict = judge(model, config, kv_cache_dtype, _skips(skip_layers, config), not config_only)
+    except ConfigError as error:
+        _fail(error)
+
+    report: dict[str, Any] = {
+        "model": str(model),
+        "kv_cache_dtype": kv_cache_dtype,
+        "supported": not verdict.problems,
+        "judged_by": "vllm" if verdict.by_vllm else "config.json",
+        "problems": [
+            {"feature": p.feature, "message": p.message, "layers": list(p.layers)} for p in verdict.problems
+        ],
+        "ways_out": [vars(way) for way in verdict.ways_out],
+        "notes": verdict.notes,
+    }
+    shape = verdict.shape
+    if shape is None:
+        if as_json:
+            typer.echo(json.dumps(report, indent=2))
+        else:
+            _show_refusal(model, kv_cache_dtype, verdict)
+            for note in verdict.notes:
+                typer.echo(note)
+        raise typer.Exit(NOT_SUPPORTED)
+
+    length = max_model_len or shape.max_model_len
+    kv_bytes = None if gpu_memory is None else int(gpu_memory * GIB) - (weights or 0)
+    if kv_bytes is not None and kv_bytes <= 0:
+        _fail(
+            f"the weights ({_gib(weights or 0)}) leave nothing of --gpu-memory {gpu_memory:g} for "
+            "the KV cache; give more, or check one GPU's share of a tensor-parallel model"
+        )
+    rows = _capacity(shape, kv_cache_dtype, length, kv_bytes)
+    keys = judge_keys(model, config, shape)
+    report |= {
+        "layers": shape.layers,
+        "quantised_layers": shape.indices,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_model_len": length,
+        "weight_bytes": None if gpu_memory is None else weights,
+        "kv_bytes": kv_bytes,
+        "capacity": rows,
+        "hard_keys": _keys_json(keys),
+    }
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+
+    ratio = shape.token_bytes("auto") / shape.token_bytes(kv_cache_dtype)
+    typer.echo(
+        f"{kv_cache_dtype} is supported for {model}: {_sizes(shape, verdict)}; a token takes {ratio:.2f} "
+        "times less than with auto."
+    )
+    if keys.layers:
+        typer.echo(_keys_line(keys, shape, kv_cache_dtype))
+    for note in [*verdict.notes, *keys.notes]:
+        typer.echo(note)
+    _show_capacity(rows, length)
     if kv_bytes is not None and weights is not None:
         typer.echo(
             f"{_gib(kv_bytes)} for the KV cache: --gpu-memory less {_gib(weights)} of weights; "
@@ -354,4 +439,14 @@ def check(
             f"{_gib(kv_bytes)} for the KV cache: neither weights (no *.safetensors there) nor "
             "activations are subtracted."
         )
-    _show_keys(keys, shape, kv_cache_dtype)
+    _show_hard_layers(keys, show_all)
+
+
+@app.command()
+def support(
+    refused: Annotated[
+        bool, typer.Option("--refused", help="Every refusal instead, as it is printed, and what to do.")
+    ] = False,
+) -> None:
+    """Print the table of what is served and what not, in Markdown."""
+    typer.echo(refusals() if refused else table())

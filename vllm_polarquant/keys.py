@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_polarquant.check import Shape, text_config
+from vllm_polarquant.check import Shape
+from vllm_polarquant.support import ranges, text_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +92,9 @@ class HardKeys:
     def what(self) -> str:
         """What the tensor holds, in words and figures."""
         if not self.tensor.endswith(".bias"):
-            return f"largest channel pair {self.pair_ratio:.1f} x the median one"
+            return (
+                f"uneven channel pairs (largest {self.pair_ratio:.1f} x the median in keys, beside queries')"
+            )
         rest = "unknown, taken to be 1 a channel" if math.isnan(self.key_norm) else f"{self.key_norm:.1f}"
         return f"constant key of norm {self.bias_norm:.1f}, the rest {rest}"
 
@@ -281,7 +284,7 @@ def _judge_head(layer: _Layer, index: int, kv_head: int) -> HardKeys:
     )
 
 
-def _find(names: list[str], layers: int) -> dict[int, dict[str, str]]:
+def _find(names: list[str]) -> dict[int, dict[str, str]]:
     """Names of attention tensors by layer and by what they are, such as `k.bias`."""
     found: dict[int, dict[str, str]] = {}
     for name in names:
@@ -289,7 +292,7 @@ def _find(names: list[str], layers: int) -> dict[int, dict[str, str]]:
         what = _MODULES.get(part["module"]) if part else None
         if part is None or what is None or _ELSEWHERE.search(part["before"] + part["outer"]):
             continue
-        if int(part["layer"]) < layers and (what == "norm" or "att" in part["outer"]):
+        if what == "norm" or "att" in part["outer"]:
             found.setdefault(int(part["layer"]), {}).setdefault(f"{what}.{part['kind']}", name)
     return found
 
@@ -307,19 +310,19 @@ def judge_keys(model: Path, config: Mapping[str, Any], shape: Shape) -> KeyRepor
         return KeyReport(notes=[_without_weights(folder, text, model_type, shape)])
     try:
         checkpoint = _Checkpoint(folder)
-        tensors = _find(checkpoint.names(), shape.layers)
+        tensors = _find(checkpoint.names())
     except Exception as problem:  # safetensors' own error is no subclass of anything narrower
         return KeyReport(notes=[_unread(folder, problem)])
 
     layers: list[HardKeys] = []
     notes: dict[str, list[int]] = {}
-    for index in range(shape.layers):
-        names = tensors.get(index, {})
-        layer = _Layer(names, checkpoint, shape, model_type)
+    for index in shape.indices:
+        names, mine = tensors.get(index, {}), shape.at(index)
+        layer = _Layer(names, checkpoint, mine, model_type)
         try:
             if not _KEY_TENSORS & names.keys():
                 raise _Unjudged("no k_proj, k_norm or fused projection was found under a known name")
-            judged = [_judge_head(layer, index, head) for head in range(shape.kv_heads)]
+            judged = [_judge_head(layer, index, head) for head in range(mine.kv_heads)]
         except _Unjudged as problem:
             notes.setdefault(f"Keys not judged: {problem}", []).append(index)
         except Exception as problem:
@@ -333,17 +336,6 @@ def judge_keys(model: Path, config: Mapping[str, Any], shape: Shape) -> KeyRepor
     return KeyReport(layers, said)
 
 
-def ranges(layers: list[int]) -> str:
-    """Layers in order as text: 0-3, 7."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
-
-
 def _unread(folder: Path, problem: Exception) -> str:
     words = " ".join(str(problem).split())
     return f"Keys not judged: the safetensors in {folder} cannot be read ({words})."
@@ -354,7 +346,7 @@ def _without_weights(folder: Path, text: Mapping[str, Any], model_type: str, sha
     why = f"only safetensors are read, not {other[0]}" if other else f"no *.safetensors in {folder}"
     note = f"Keys not judged, config.json alone was read: {why}."
     if re.match(r"qwen2", model_type) or text.get("attention_bias") or text.get("qkv_bias"):
-        flag = skip_flag(sorted({0, shape.layers - 1}))
+        flag = skip_flag(sorted({shape.indices[0], shape.indices[-1]}))
         note += (
             " The model adds a bias to its keys, which is very large in the first and last layers of some "
             f"Qwen2.5 models: check the weights, or begin with {flag} and measure."

@@ -1,0 +1,611 @@
+"""The rules of support: each is hit by what vLLM says of a layer or a model, and its way out is sound."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from vllm_polarquant import dry_run, support
+from vllm_polarquant.format import HEAD_DIMS, PRESETS
+from vllm_polarquant.plugin import register
+from vllm_polarquant.support import RULES, Hit, Refused
+
+PRESET = "polarquant_k4v4"
+ROOT = Path(__file__).parents[1]
+
+# What a test of this file has seen refused.
+seen: set[str] = set()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    register()
+
+
+def selector(**changes: Any) -> AttentionSelectorConfig:
+    layer = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": PRESET, "block_size": None}
+    return AttentionSelectorConfig(**(layer | changes))
+
+
+def refusal(check: Callable[..., None], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(Refused) as refused:
+        check(*args, **kwargs)
+    assert refused.value.hit is not None
+    seen.add(refused.value.hit.rule.feature)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"--kv-cache-dtype {PRESET} does not support ")
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    assert "; " in sentence
+    assert "{" not in sentence.replace('{"kv_cache_dtype"', "")
+    return sentence
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_size", HEAD_DIMS)
+def test_an_ordinary_layer_is_served(preset: str, head_size: int) -> None:
+    config = VllmConfig()
+    support.check_selector(
+        selector(kv_cache_dtype=preset, head_size=head_size, block_size=32), config, current_platform
+    )
+    support.check_layer(preset, alibi_slopes=None, logits_soft_cap=0.0, chunk_lookback=-1, sinks=None)
+    support.check_spec(preset, head_size, head_size)
+    support.check_draft_tokens(preset, 16, 16)
+
+
+SELECTED = [rule for rule in RULES if rule.selector]
+
+
+@pytest.mark.parametrize("rule", SELECTED, ids=lambda rule: rule.feature)
+def test_a_field_of_vllms_selector_is_refused_by_its_rule(rule: support.Rule) -> None:
+    sentence = refusal(support.check_selector, selector(**{rule.selector: True}))
+    assert rule.what in sentence
+    assert rule.way_out in sentence
+
+
+def test_every_flag_of_vllms_selector_is_refused_or_known_to_be_harmless() -> None:
+    flags = {name for name, default in AttentionSelectorConfig._field_defaults.items() if default is False}
+    assert flags - {rule.selector for rule in SELECTED} == {"use_kv_connector"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"attn_type": "encoder_only"}, ["encoder or cross attention (encoder_only)"]),
+        ({"dtype": torch.float32}, ["a model in float32", "--dtype bfloat16 or float16"]),
+        ({"head_size": 48}, ["head_dim 48", "64, 80, 96, 112, 128, 192, 256"]),
+        ({"block_size": 24}, ["block size of 24", "pass --block-size 16"]),
+    ],
+)
+def test_values_of_vllms_selector_are_refused_with_what_works(
+    changes: dict[str, Any], parts: list[str]
+) -> None:
+    sentence = refusal(support.check_selector, selector(**changes))
+    for part in parts:
+        assert part in sentence
+
+
+class Elsewhere:
+    """A platform of which only what the rules ask is known."""
+
+    device_name = "xpu"
+
+    def __init__(self, capability: tuple[int, int] | None) -> None:
+        self.capability = capability
+
+    def is_cuda(self) -> bool:
+        return self.capability is not None
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def get_device_capability(self) -> tuple[int, int] | None:
+        return self.capability
+
+
+def test_devices_are_refused_by_name() -> None:
+    assert "capability 8.0" in refusal(support.check_selector, selector(), None, Elsewhere((7, 5)))
+    assert "platform xpu" in refusal(support.check_selector, selector(), None, Elsewhere(None))
+    support.check_selector(selector(), None, Elsewhere((9, 0)))
+
+
+def with_connector(connector: str, **extra: str) -> VllmConfig:
+    config = VllmConfig()
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra
+    )
+    return config
+
+
+def test_offloading_to_this_process_is_the_one_connector_that_works() -> None:
+    asked = selector(use_kv_connector=True)
+    support.check_selector(asked, with_connector("OffloadingConnector"))
+    support.check_selector(asked, with_connector("OffloadingConnector", spec_name="CPUOffloadingSpec"))
+    for config in (
+        with_connector("NixlConnector"),
+        with_connector("OffloadingConnector", spec_name="TieringSpec"),
+    ):
+        sentence = refusal(support.check_selector, asked, config)
+        assert config.kv_transfer_config.kv_connector in sentence
+        assert "use OffloadingConnector with CPUOffloadingSpec" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"logits_soft_cap": 50.0}, "soft-capped"),
+        ({"sliding_window": 128}, "--kv-cache-dtype-skip-layers sliding_window"),
+        ({"attn_type": "encoder_decoder"}, "cross attention (encoder_decoder)"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
+        ({"sinks": torch.zeros(4)}, "attention sinks"),
+        ({"chunk_lookback": 2}, "'chunk_lookback'"),
+        ({"invented": torch.ones(2)}, "'invented'"),
+    ],
+)
+def test_arguments_of_a_layer_are_refused(arguments: dict[str, Any], part: str) -> None:
+    assert part in refusal(support.check_layer, PRESET, **arguments)
+
+
+def test_a_skipped_layer_that_still_gets_the_backend_is_refused() -> None:
+    with pytest.raises(Refused, match="leave them out of --kv-cache-dtype-skip-layers"):
+        support.check_layer("auto")
+    seen.add(support.SKIPPED_CHUNKS.feature)
+
+
+def test_sizes_are_refused_with_their_numbers() -> None:
+    assert "values of another size (64) than keys (128)" in refusal(support.check_spec, PRESET, 128, 64)
+    sentence = refusal(support.check_draft_tokens, PRESET, 18, 16)
+    assert "17 speculative tokens (at most 15)" in sentence
+
+
+def test_the_draft_of_a_refused_model_can_stay_in_16_bits() -> None:
+    """The advice of the rule for non-causal attention is JSON that vLLM's own field takes."""
+    from vllm.config import SpeculativeConfig
+
+    (advice,) = re.findall(r"'(\{.*?\})'", support.NON_CAUSAL.way_out)
+    settings = json.loads(advice.replace(", ...", ""))
+    assert set(settings) <= set(SpeculativeConfig.__dataclass_fields__)
+
+
+def test_refusals_of_any_kind_are_one_sentence() -> None:
+    for rule in RULES:
+        values = dict.fromkeys(("value", "most", "key_size", "value_size"), 7)
+        assert "{" not in str(support.refuse(PRESET, Hit(rule, values))).replace('{"kv_cache_dtype"', "")
+    assert str(support.refuse(PRESET, "time travel", "wait")) == (
+        f"--kv-cache-dtype {PRESET} does not support time travel; wait."
+    )
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2, 5"), ([7, 5, 6, 9], "5-7, 9")]
+)
+def test_ranges(indices: list[int], text: str) -> None:
+    assert support.ranges(indices) == text
+
+
+def test_skips_that_name_no_layer() -> None:
+    assert support.unknown_skips(["0", "3", "sliding_window"], 4) == []
+    assert support.unknown_skips(["4", "-1", "first", "0-1", "03"], 4) == ["4", "-1", "first", "0-1", "03"]
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": 128,
+    "dtype": "bfloat16",
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+GEMMA = LLAMA | {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64}
+GEMMA3 = GEMMA | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
+MLA = LLAMA | {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+MAMBA = {
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+
+# Layers that take the preset, of how many with a cache, beside how many states.
+SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "Llama": (LLAMA, (4, 4, 0)),
+    "Qwen2 with its window off": (
+        LLAMA
+        | {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "sliding_window": 128,
+            "use_sliding_window": False,
+        },
+        (4, 4, 0),
+    ),
+    "Mistral without a window": (MISTRAL | {"sliding_window": None}, (4, 4, 0)),
+    "MiniCPM3, which keeps whole keys": (
+        MLA
+        | {
+            "architectures": ["MiniCPM3ForCausalLM"],
+            "model_type": "minicpm3",
+            "num_key_value_heads": 4,
+            "scale_emb": 1,
+            "scale_depth": 1.0,
+            "dim_model_base": 256,
+        },
+        (4, 4, 0),
+    ),
+    "MiniMax M2": (
+        LLAMA
+        | {
+            "architectures": ["MiniMaxM2ForCausalLM"],
+            "model_type": "minimax_m2",
+            "attn_type_list": [1] * 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 32,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "use_qk_norm": True,
+        },
+        (4, 4, 0),
+    ),
+    "Llama 4, chunked": (
+        LLAMA
+        | {
+            "architectures": ["Llama4ForCausalLM"],
+            "model_type": "llama4_text",
+            "attention_chunk_size": 64,
+            "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 2,
+        },
+        (4, 4, 0),
+    ),
+    "Qwen3-Next": (
+        LLAMA
+        | {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "num_experts": 4,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        (1, 1, 3),
+    ),
+    "Granite hybrid": (
+        LLAMA
+        | MAMBA
+        | {
+            "architectures": ["GraniteMoeHybridForCausalLM"],
+            "model_type": "granitemoehybrid",
+            "layer_types": ["mamba", "attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+            "position_embedding_type": "rope",
+        },
+        (2, 2, 2),
+    ),
+    "Falcon-H1": (
+        LLAMA
+        | MAMBA
+        | {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "mamba_d_ssm": 512},
+        (4, 4, 4),
+    ),
+    "LFM2": (
+        LLAMA
+        | {
+            "architectures": ["Lfm2ForCausalLM"],
+            "model_type": "lfm2",
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "block_dim": 256,
+            "conv_dim": 256,
+            "block_ff_dim": 64,
+        },
+        (1, 1, 3),
+    ),
+    "Gemma 4 with two head_dims": (
+        GEMMA
+        | {
+            "architectures": ["Gemma4ForCausalLM"],
+            "model_type": "gemma4_text",
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "layer_types": ["full_attention"] * 4,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+        },
+        (4, 4, 0),
+    ),
+}
+# Features in the order of RULES, and the flags with which nothing is refused.
+REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "DeepSeek V2": (
+        MLA
+        | {
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 4,
+        },
+        ["MLA"],
+        [],
+    ),
+    "gpt-oss": (
+        LLAMA
+        | {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        ["attention sinks", "sliding window"],
+        [],
+    ),
+    "Gemma 2": (
+        GEMMA
+        | {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 64,
+        },
+        ["soft-capped logits", "sliding window"],
+        [],
+    ),
+    "Gemma 3": (
+        GEMMA3,
+        ["sliding window"],
+        ["--disable-sliding-window", "--kv-cache-dtype-skip-layers sliding_window"],
+    ),
+    "Mistral with a window in every layer": (
+        MISTRAL | {"sliding_window": 64},
+        ["sliding window"],
+        ["--disable-sliding-window"],
+    ),
+    "Phi-3 with a window that no request reaches": (
+        LLAMA
+        | {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "sliding_window": 1024,
+            "pad_token_id": 0,
+        },
+        ["sliding window"],
+        ["--disable-sliding-window"],
+    ),
+    "Falcon, whose layers vLLM gives no dtype": (
+        {
+            "architectures": ["FalconForCausalLM"],
+            "model_type": "falcon",
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "multi_query": True,
+            "alibi": False,
+            "vocab_size": 128,
+            "dtype": "bfloat16",
+        },
+        ["no layer takes the dtype"],
+        [],
+    ),
+    "an encoder": (
+        LLAMA | {"architectures": ["BertModel"], "model_type": "bert", "type_vocab_size": 2},
+        ["encoder or cross attention"],
+        [],
+    ),
+    "head_dim 48": (LLAMA | {"head_dim": 48}, ["head_dim"], []),
+    "MiMo V2, which brings a backend": (
+        LLAMA
+        | {
+            "architectures": ["MiMoV2FlashForCausalLM"],
+            "model_type": "mimo_v2_flash",
+            "v_head_dim": 128,
+            "hybrid_layer_pattern": [0] * 4,
+            "moe_layer_freq": [0] * 4,
+            "add_full_attention_sink_bias": True,
+            "partial_rotary_factor": 0.5,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 64,
+            "swa_v_head_dim": 128,
+            "sliding_window_size": 64,
+            "swa_rope_theta": 10000,
+            "rope_theta": 10000,
+            "layernorm_epsilon": 1e-5,
+            "n_routed_experts": 4,
+        },
+        ["values of another size", "an attention backend of the model's own"],
+        [],
+    ),
+    "scales per head": (
+        LLAMA
+        | {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {},
+                "ignore": [],
+                "kv_cache_scheme": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "attn_head",
+                    "symmetric": True,
+                    "dynamic": False,
+                },
+            }
+        },
+        ["per-head KV scales"],
+        [],
+    ),
+}
+
+
+def explore(config: dict[str, Any], folder: Path, **options: Any) -> dry_run.Answer:
+    (folder / "config.json").write_text(json.dumps(config))
+    return dry_run.explore(folder, config, PRESET, options)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_model_that_the_engine_serves_is_not_refused(name: str, tmp_path: Path) -> None:
+    config, counts = SERVED[name]
+    run = explore(config, tmp_path).run
+    assert [found.hit.rule.feature for found in run.found] == []
+    assert (len(run.quantised), len(run.layers), run.states) == counts
+    assert not run.notes
+    # Nor is it by config.json alone.
+    assert list(support.config_hits(config, config)) == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_is_refused_for_all_its_reasons_and_the_ways_out_are_tried(name: str, tmp_path: Path) -> None:
+    from vllm_polarquant.check import _flags
+
+    config, features, flags = REFUSED[name]
+    answer = explore(config, tmp_path)
+    assert [found.hit.rule.feature for found in answer.run.found] == features
+    assert [_flags(options) for options, _ in answer.ways_out] == flags
+    seen.update(features)
+    for _, run in answer.ways_out:
+        assert run.quantised
+
+
+def test_windows_that_no_request_reaches_are_said_to_be_idle(tmp_path: Path) -> None:
+    config, _, _ = REFUSED["Phi-3 with a window that no request reaches"]
+    answer = explore(config, tmp_path)
+    assert "--disable-sliding-window: no request is longer" in answer.run.found[0].hit.sentence(PRESET)
+    ((_, served),) = answer.ways_out
+    assert served.max_model_len == answer.run.max_model_len
+    (cut,) = explore(REFUSED["Mistral with a window in every layer"][0], tmp_path).ways_out
+    assert cut[1].max_model_len == 64
+
+
+def test_what_cannot_help_is_not_advised(tmp_path: Path) -> None:
+    config, _, _ = REFUSED["Gemma 2"]
+    for found in explore(config, tmp_path).run.found:
+        assert "skip" not in found.hit.sentence(PRESET)
+
+
+def test_layers_are_told_by_number(tmp_path: Path) -> None:
+    (found,) = explore(GEMMA3, tmp_path).run.found
+    assert found.layers == [0, 1, 2]
+    run = explore(GEMMA3, tmp_path, kv_cache_dtype_skip_layers=["sliding_window"]).run
+    assert not run.found
+    assert [layer.index for layer in run.quantised] == [3]
+    run = explore(LLAMA, tmp_path, kv_cache_dtype_skip_layers=["0", "1", "2", "3"]).run
+    assert [found.hit.rule for found in run.found] == [support.NO_LAYER]
+
+
+def test_the_language_model_is_judged_where_the_whole_cannot_be_built(tmp_path: Path) -> None:
+    text = {name: value for name, value in GEMMA3.items() if name not in ("architectures", "dtype")}
+    config = {
+        "architectures": ["NoSuchModelForConditionalGeneration"],
+        "model_type": "gemma3",
+        "dtype": "bfloat16",
+        "text_config": text,
+    }
+    answer = explore(config, tmp_path)
+    assert [found.hit.rule for found in answer.run.found] == [support.MM_PREFIX, support.SLIDING_WINDOW]
+    assert any("only the language model" in note for note in answer.run.notes)
+    assert all(options["language_model_only"] for options, _ in answer.ways_out)
+    assert len(answer.ways_out) == 2
+
+
+def test_what_vllm_does_not_know_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(dry_run.NotBuilt) as why:
+        explore(LLAMA | {"architectures": ["NoSuchModel"], "model_type": "no_such_model"}, tmp_path)
+    assert "\n" not in str(why.value)
+    assert "no_such_model" in str(why.value) or "NoSuchModel" in str(why.value)
+
+
+def test_building_leaves_vllm_as_it_was(tmp_path: Path) -> None:
+    from vllm.v1.attention import selector as module
+
+    before = (module._cached_get_attn_backend, type(current_platform).get_attn_backend_cls)
+    explore(LLAMA, tmp_path)
+    assert (module._cached_get_attn_backend, type(current_platform).get_attn_backend_cls) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "feature"),
+    [
+        ({"alibi": True}, "ALiBi"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"attn_config": {"alibi": True}}, "ALiBi"),
+        ({"num_kv_shared_layers": 2}, "shared KV layers"),
+        ({"rswa_window": 128}, "R-SWA"),
+        ({"index_topk": 2048}, "sparse attention"),
+        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
+        ({"attn_logit_softcapping": 50.0}, "soft-capped logits"),
+        ({"kv_lora_rank": 512}, "MLA"),
+        ({"cross_attention_layers": [3]}, "encoder or cross attention"),
+        ({"is_encoder_decoder": True}, "encoder or cross attention"),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, "sliding window"),
+    ],
+)
+def test_what_one_field_of_a_config_shows(changes: dict[str, Any], feature: str) -> None:
+    config = LLAMA | changes
+    (hit,) = support.config_hits(config, config)
+    assert hit.rule.feature == feature
+    assert hit.sentence(PRESET).endswith(".")
+    seen.add(feature)
+
+
+def test_every_rule_was_hit() -> None:
+    if not seen:
+        pytest.skip("of use after the other tests of this file alone")
+    assert {rule.feature for rule in RULES} - seen == set()
+
+
+def between(path: Path, mark: str) -> str:
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", text, re.DOTALL)
+    assert len(found) == 1, f"{path.name} needs one <!-- {mark} --> ... <!-- /{mark} -->"
+    return found[0].strip()
+
+
+def test_readmes_table_is_printed_from_the_rules() -> None:
+    """`polarquant support` prints it."""
+    assert between(ROOT / "README.md", "support") == support.table()
+
+
+def test_the_table_of_refusals_is_printed_from_the_rules() -> None:
+    """`polarquant support --refused` prints it."""
+    assert between(ROOT / "docs" / "troubleshooting.md", "refusals") == support.refusals()
