@@ -1,185 +1,291 @@
-"""The CPU kernels against reference.py, on the same pages, and their speed against vLLM's own."""
+"""The CPU kernels against float64 attention on the same pages, and their speed against vLLM's own."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import (
-    ALL_PRESETS,
-    DTYPES,
-    LAYOUTS,
-    Batch,
-    bits_of,
-    cosines,
-    empty_cache,
-    make_batch,
-    radius_for,
-    relative_error,
-    vectors,
+from cpu_cases import (
+    CPU,
+    GOLDEN_PAGE,
+    NAN,
+    UNTOUCHED,
+    Case,
+    golden_page,
+    golden_vectors,
+    make_case,
+    restored,
+    rotated,
+    uneven_tables,
+    unit_vectors,
+    write,
 )
+from kernel_cases import ALL_PRESETS, DTYPES, LAYOUTS, bits_of, empty_cache, page_for, relative_error, vectors
 
 from vllm_polarquant import reference
-from vllm_polarquant.codec import tables
-from vllm_polarquant.eval import bench_cpu
-from vllm_polarquant.format import PolarFormat
-from vllm_polarquant.kernels import cpu
+from vllm_polarquant.attention import Attention, UnsupportedAttention
+from vllm_polarquant.codec import Tables, decode_radius, encode_radius, tables
+from vllm_polarquant.eval.bench import cpu as bench_cpu
+from vllm_polarquant.format import Slot, VectorFormat
+from vllm_polarquant.kernels.ops import LayerShape, Limits, operations
 
 pytest.importorskip("numba")
 
-CPU = torch.device("cpu")
-NAN = float("nan")
+from vllm_polarquant.kernels.cpu.attend import decode_attention
+from vllm_polarquant.kernels.cpu.ops import CpuOperations
+from vllm_polarquant.kernels.cpu.prefill import prefill_attention
+from vllm_polarquant.kernels.cpu.vectors import LoopTables
+
 K4V4 = "polarquant_k4v4"
 DIMS = (64, 80, 128, 256)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2.5e-3}
 """Relative error: points are bfloat16 whatever the model is, query and output the model's dtype."""
+GOLDEN = bytes.fromhex((Path(__file__).parent / "golden_rows.hex").read_text())
 
 
-def decode(batch: Batch, max_query_len: int) -> torch.Tensor:
-    out = torch.full_like(batch.query, NAN)
-    out[int(batch.query_start_loc[-1]) :] = 7
-    cpu.decode_attention(
-        batch.query,
-        batch.cache,
-        batch.block_table,
-        batch.seq_lens,
-        batch.query_start_loc,
-        max_query_len,
-        batch.fmt,
-        batch.tables,
-        batch.scale,
-        out,
-    )
+def decode(case: Case, attention: Attention | None = None) -> torch.Tensor:
+    out = case.out()
+    ops = CpuOperations(case.shape)
+    plan = ops.planner().plan(case.batch)
+    ops.decode(case.query, case.cache, plan, attention or case.attention, case.tables, out)
     return out
 
 
-def check_decode(batch: Batch, max_query_len: int) -> None:
-    before = batch.cache.clone()
-    out = decode(batch, max_query_len)
-    want = reference.attention(
-        batch.query,
-        batch.cache,
+def decode_from(case: Case, starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, and log-sum-exp of all rows, from the position `starts` of each request on."""
+    out, lse = case.out(), torch.full(case.query.shape[1::-1], UNTOUCHED)
+    batch = case.batch
+    decode_attention(
+        case.query,
+        case.cache,
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
-        batch.fmt,
-        batch.scale,
+        case.page,
+        LoopTables.of(case.page.slot, case.tables, case.query.dtype),
+        case.attention,
+        out,
+        starts,
+        lse,
     )
-    owned = int(batch.query_start_loc[-1])
-    assert relative_error(out[:owned], want[:owned]) < TOLERANCE[batch.query.dtype]
-    assert (out[owned:] == 7).all(), "rows of no request were written"
-    assert torch.equal(batch.cache, before)
+    return out, lse
+
+
+def check_decode(case: Case) -> None:
+    before = case.cache.clone()
+    out = decode(case)
+    want, owned = case.expected_decode().out, case.batch.num_decode_tokens
+    assert relative_error(out[:owned], want[:owned]) < TOLERANCE[case.query.dtype]
+    assert (out[owned:] == UNTOUCHED).all(), "rows of no decode were written"
+    assert torch.equal(case.cache, before)
+
+
+def check_lse(case: Case, starts: torch.Tensor | None = None) -> None:
+    (out, lse), want = decode_from(case, starts), case.expected_decode(starts)
+    owned = case.batch.num_decode_tokens
+    assert relative_error(out[:owned], want.out[:owned]) < TOLERANCE[case.query.dtype]
+    nothing = torch.isneginf(want.lse)
+    assert torch.equal(torch.isneginf(lse)[:, :owned], nothing[:, :owned])
+    assert (lse - want.lse)[~nothing].abs().max() < 0.01
+    assert not out[:owned][nothing.T[:owned]].any()
+    assert (out[owned:] == UNTOUCHED).all() and (lse[:, owned:] == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_of_every_format(preset: str, head_dim: int, dtype: torch.dtype) -> None:
-    fmt = PolarFormat(preset, head_dim, 32)
-    check_decode(make_batch(fmt, [1, 75, 33], [1, 1, 1], dtype, CPU, padding=2), 1)
+    check_decode(
+        make_case(page_for(preset, head_dim, 32), [(1, 1), (75, 1), (33, 1)], dtype=dtype, padding=2)
+    )
+
+
+def test_what_is_expected_is_the_reference() -> None:
+    case = make_case(page_for("polarquant_k3v2", 96, 32), [(70, 2), (5, 1)])
+    order = reference.rows(case.page)
+    for have, want in zip(
+        case.stored(0, 70),
+        reference.read_kv(case.cache, case.batch.block_table[0], 70, case.page, order, case.query.dtype),
+        strict=True,
+    ):
+        assert relative_error(have, want) < 1e-6
+    starts = torch.tensor([3, 1])
+    batch = case.batch
+    want = reference.attention(
+        case.query, case.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, case.page, order,
+        case.attention, starts,
+    )  # fmt: skip
+    have = case.expected_decode(starts)
+    assert relative_error(have.out, want.out) < 1e-6
+    assert (have.lse - want.lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_decode_with_factors_of_every_head(preset: str) -> None:
+    case = make_case(page_for(preset, 128, 16), [(75, 1), (33, 2)], heads=3, uneven=True)
+    assert len({tuple(row) for row in case.tables.key_factors.tolist()}) == 3
+    check_decode(case)
 
 
 @pytest.mark.parametrize("layout", [layout for layout, _ in LAYOUTS])
 @pytest.mark.parametrize("block_size", [16, 32, 48, 128])
 def test_decode_of_every_layout_and_block_size(layout: str, block_size: int) -> None:
-    fmt = PolarFormat("polarquant_k3v2", 128, block_size)
-    batch = make_batch(fmt, [257, 5, 129], [1, 1, 1], torch.bfloat16, CPU, layout=layout)
-    check_decode(batch, 1)
+    at = page_for("polarquant_k3v2", 128, block_size)
+    check_decode(make_case(at, [(257, 1), (5, 1), (129, 1)], layout=layout))
 
 
 @pytest.mark.parametrize("query_len", range(1, 9))
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_decode_of_several_query_tokens_is_causal(query_len: int, group: int) -> None:
-    fmt = PolarFormat(K4V4, 64, 16)
-    lens = [query_len, 1, query_len]
     # The last request is nothing but its queries: the first of them sees one key.
-    seq_lens = [61, 17, query_len]
-    check_decode(make_batch(fmt, seq_lens, lens, torch.float16, CPU, group=group, padding=3), query_len)
+    decodes = [(61, query_len), (17, 1), (query_len, query_len)]
+    check_lse(make_case(page_for(K4V4, 64), decodes, dtype=torch.float16, group=group, padding=3))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_decode_gives_the_same_whatever_the_number_of_threads(threads: int) -> None:
-    batch = make_batch(PolarFormat(K4V4, 128, 128), [1000, 3], [2, 1], torch.bfloat16, CPU)
+    case = make_case(page_for(K4V4, 128, 128), [(1000, 2), (3, 1)])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_decode(batch, 2)
+        check_decode(case)
+        check_lse(case, torch.tensor([77, 0], dtype=torch.int32))
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize(
+    "starts",
+    [[0, 0, 0, 0], [1, 15, 16, 17], [100, 63, 65, 0], [299, 130, 64, 1], [300, 131, 1000, 8]],
+    ids=str,
+)
+def test_decode_from_a_token_of_each_request(block_size: int, starts: list[int]) -> None:
+    """Also from tokens past some of the queries, past all of them, and past the end."""
+    case = make_case(
+        page_for("polarquant_k3v3", 64, block_size), [(300, 2), (131, 1), (67, 3), (9, 4)], padding=1
+    )
+    check_lse(case, torch.tensor(starts, dtype=torch.int32))
+
+
+def test_parts_of_a_context_merge_by_their_lse() -> None:
+    case = make_case(page_for(K4V4, 128, 32), [(200, 1)])
+    whole, whole_lse = decode_from(case, None)
+    after, after_lse = decode_from(case, torch.tensor([75], dtype=torch.int32))
+    key, value = (x.double() for x in case.stored(0, 75))
+    first = reference.dense_attention(case.query, key, value, torch.tensor([74]), case.attention)
+    assert (torch.logaddexp(first.lse, after_lse.double()) - whole_lse).abs().max() < 0.01
+    merged = sum(
+        out.double() * (lse.double() - whole_lse).exp().T[..., None]
+        for out, lse in ((first.out, first.lse), (after, after_lse))
+    )
+    assert relative_error(whole, merged) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_the_sign_bits_of_radii_are_not_read() -> None:
+    case = make_case(page_for(K4V4, 128), [(50, 1)], [(20, 3)])
+    plain = decode(case), prefill(case)
+    radii = reference.page_views(case.cache, case.page, reference.rows(case.page))
+    for radius in (radii.key_radius, radii.value_radius):
+        radius.view(torch.int16).bitwise_or_(-(1 << 15))
+    assert torch.equal(decode(case), plain[0])
+    assert torch.equal(prefill(case), plain[1])
+
+
 def test_torch_keeps_the_number_of_threads_it_was_given() -> None:
     code = (
-        "import torch; from vllm_polarquant.kernels import cpu; before = torch.get_num_threads(); "
-        "used = cpu._use_torch_threads(); print(before, used, torch.get_num_threads())"
+        "import torch; from vllm_polarquant.kernels.cpu.threads import use_torch_threads; "
+        "before = torch.get_num_threads(); print(before, use_torch_threads(), torch.get_num_threads())"
     )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert child.stdout.split() == ["1", "1", "1"]
 
 
-def test_decode_without_requests_writes_nothing() -> None:
-    batch = make_batch(PolarFormat(K4V4, 128, 16), [9], [1], torch.bfloat16, CPU)
-    batch.seq_lens, batch.block_table = batch.seq_lens[:0], batch.block_table[:0]
-    batch.query_start_loc = batch.query_start_loc[:1]
-    assert (decode(batch, 1) == 7).all()
+def test_a_batch_without_requests_writes_nothing() -> None:
+    case = make_case(page_for(K4V4, 128), [], padding=4)
+    assert (decode(case) == UNTOUCHED).all()
+    assert (prefill(case) == UNTOUCHED).all()
 
 
-def test_a_request_without_queries_is_left_out() -> None:
+def test_requests_without_queries_are_left_out() -> None:
     """As in a padded batch: no tokens, no keys, a block table of garbage."""
-    fmt = PolarFormat(K4V4, 128, 16)
-    check_decode(make_batch(fmt, [40, 0, 21], [1, 0, 1], torch.bfloat16, CPU), 1)
+    check_decode(make_case(page_for(K4V4, 128), [(40, 1), (0, 0), (21, 1), (0, 0)]))
+
+
+def test_queries_of_a_request_without_tokens_see_nothing() -> None:
+    check_lse(make_case(page_for(K4V4, 128), [(40, 1), (0, 1)]))
 
 
 def test_large_logits_do_not_overflow() -> None:
-    batch = make_batch(PolarFormat(K4V4, 128, 64), [300], [1], torch.bfloat16, CPU)
-    batch.query *= 500
-    out = decode(batch, 1)
-    assert torch.isfinite(out).all()
-    check_decode(batch, 1)
+    case = make_case(page_for(K4V4, 128, 64), [(300, 1)])
+    case.query *= 500
+    assert torch.isfinite(decode(case)).all()
+    check_lse(case)
 
 
+def plain_tables(slot: Slot, heads: int, dtype: torch.dtype) -> Tables:
+    return tables(slot, dtype, CPU)
+
+
+def stored_cosines(
+    x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, held: Tables, kind: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosines [T, H] of what is to be stored of x [T, H, d] with its codes, and lengths of both, float64."""
+    y = rotated(x, getattr(held, f"{kind}_factors"), held.mixing)
+    unit = unit_vectors(codes, vector, x.dtype)
+    return torch.nn.functional.cosine_similarity(y, unit, dim=-1), y.norm(dim=-1), unit.norm(dim=-1)
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["codec", "uneven"])
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", DIMS)
-def test_store_writes_the_bytes_of_the_reference(preset: str, head_dim: int) -> None:
+def test_store_writes_what_the_codec_would(preset: str, head_dim: int, uneven: bool) -> None:
     layout, block_size = LAYOUTS[DIMS.index(head_dim)]
-    fmt = PolarFormat(preset, head_dim, block_size)
+    at = page_for(preset, head_dim, block_size)
+    slot, order = at.slot, reference.rows(at)
     key, value = (vectors((83, 2, head_dim), torch.bfloat16, CPU) for _ in "kv")
     slots = torch.randperm(6 * block_size)[:83]
     slots[::7] = -1
-    have, want = (empty_cache(fmt, 6, 2, CPU, layout) for _ in range(2))
+    kept = slots >= 0
+    have, want = (empty_cache(at, 6, 2, CPU, layout) for _ in range(2))
+    held = (uneven_tables if uneven else plain_tables)(slot, 2, torch.bfloat16)
     # vLLM may pass more rows than slots.
     extra = torch.full((3, 2, head_dim), NAN, dtype=torch.bfloat16)
-    cpu.store_kv(
-        torch.cat([key, extra]),
-        torch.cat([value, extra]),
-        have,
-        slots,
-        fmt,
-        tables(fmt, torch.bfloat16, CPU),
-    )
-    reference.store_kv(key, value, want, slots, fmt)
-    kept = slots >= 0
+    ops = CpuOperations(LayerShape(slot, 4, 2, torch.bfloat16, CPU))
+    ops.store(torch.cat([key, extra]), torch.cat([value, extra]), have, slots, held)
+    if uneven:
+        write(want, at, slots[kept], key[kept], value[kept], held)
+    else:
+        reference.store_kv(key, value, want, slots, at, order)
     block, place = slots[kept] // block_size, slots[kept] % block_size
-    ours, theirs = reference.page_views(have, fmt), reference.page_views(want, fmt)
-    for x, vector, kind in ((key, fmt.key, "key"), (value, fmt.value, "value")):
+    ours, theirs = reference.page_views(have, at, order), reference.page_views(want, at, order)
+    for x, vector, kind in ((key, slot.key, "key"), (value, slot.value, "value")):
         codes, expected = (getattr(views, f"{kind}_codes")[block, :, place] for views in (ours, theirs))
-        best = cosines(x[kept], expected, vector, x.dtype)
-        lost = best - cosines(x[kept], codes, vector, x.dtype)
+        best, _, _ = stored_cosines(x[kept], expected, vector, held, kind)
+        cosine, length, unit_length = stored_cosines(x[kept], codes, vector, held, kind)
+        lost = best - cosine
+        radius = getattr(ours, f"{kind}_radius")[block, :, place]
+        assert not radius.signbit().any()
         if vector.kind == "polar":
             # Cells may name the farther of two points that are about as near.
             assert lost.mean() < 0.01 * (1 - best).mean()
             assert lost.max() < 0.004
+            gain = 1 / cosine if vector.gain == "unbiased" else 1
+            wanted = encode_radius((length * gain / unit_length).float())
         else:
             assert (codes != expected).double().mean() < 0.01
             assert lost.max() < 1e-5
-        radius = getattr(ours, f"{kind}_radius")[block, :, place]
-        wanted = radius_for(x[kept], codes, vector, x.dtype)
+            wanted = getattr(theirs, f"{kind}_radius")[block, :, place]
+        # Where a radius lies about half-way between two numbers, either will do.
         assert (bits_of(radius) - bits_of(wanted)).abs().max() <= 1
+        assert (radius != wanted).double().mean() < 0.02
     # Nothing but the slots was written, in no layer.
     for views in (ours, theirs):
         for view in views:
@@ -188,71 +294,224 @@ def test_store_writes_the_bytes_of_the_reference(preset: str, head_dim: int) -> 
     assert torch.equal(have._base, want._base)
 
 
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_what_is_stored_with_factors_comes_back(preset: str) -> None:
+    case = make_case(page_for(preset, 128, 32), [(64, 1)], heads=3, uneven=True)
+    key, value = (vectors((64, 3, 128), torch.bfloat16, CPU) for _ in "kv")
+    table = case.batch.block_table[0, :2].long()
+    slots = (table[:, None] * 32 + torch.arange(32)).flatten()
+    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables)
+    slot = case.page.slot
+    for x, back, vector, kind in zip(
+        (key, value), case.stored(0, 64), (slot.key, slot.value), ("key", "value"), strict=True
+    ):
+        factors = getattr(case.tables, f"{kind}_factors")
+        # Errors are as large as the codec's where it looks, which is at vectors times factors.
+        error = relative_error(back * factors, x * factors)
+        assert error < {2: 0.33, 2.5: 0.23, 3: 0.17, 3.5: 0.12, 4: 0.09, 8: 0.04, 16: 1e-6}[vector.bits]
+
+
+def largest_radii(scale: float) -> torch.Tensor:
+    at = page_for(K4V4, 64)
+    cache = empty_cache(at, 1, 1, CPU)
+    x = (torch.randn(16, 1, 64).sign() * scale).bfloat16()
+    held = tables(at.slot, torch.bfloat16, CPU)
+    held = held._replace(key_factors=held.key_factors * 64, query_factors=held.query_factors / 64)
+    CpuOperations(LayerShape(at.slot, 1, 1, torch.bfloat16, CPU)).store(x, x, cache, torch.arange(16), held)
+    return reference.page_views(cache, at, reference.rows(at)).key_radius
+
+
+def test_radii_are_never_infinite() -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    assert (largest_radii(largest) == largest).all()
+    assert (largest_radii(largest / 256) < largest).all()
+
+
+def test_raw_vectors_are_stored_whatever_they_hold() -> None:
+    at = page_for("polarquant_lossless", 64)
+    x = torch.randn(16, 1, 64).bfloat16()
+    x[3, 0, 5], x[4, 0, 6], x[5] = NAN, float("-inf"), 0
+    cache = empty_cache(at, 1, 1, CPU)
+    ops = CpuOperations(LayerShape(at.slot, 1, 1, torch.bfloat16, CPU))
+    ops.store(x, x, cache, torch.arange(16), plain_tables(at.slot, 1, torch.bfloat16))
+    views = reference.page_views(cache, at, reference.rows(at))
+    for codes in (views.key_codes, views.value_codes):
+        back = codes[0, 0].view(torch.bfloat16)
+        assert torch.equal(back.nan_to_num(9), x[:, 0].nan_to_num(9))
+        assert back.isnan().sum() == 1
+
+
 def test_vectors_with_nan_are_stored_as_zero_and_disturb_nobody() -> None:
-    fmt = PolarFormat(K4V4, 128, 16)
-    constants = tables(fmt, torch.bfloat16, CPU)
+    case = make_case(page_for(K4V4, 128), [(40, 1)])
     key, value = (vectors((40, 2, 128), torch.bfloat16, CPU) for _ in "kv")
     key[3, 0, 5], value[7, 1, 0], key[9, 1] = NAN, float("inf"), 0
-    slots = torch.arange(40)
-    have, want = (empty_cache(fmt, 3, 2, CPU) for _ in range(2))
-    cpu.store_kv(key, value, have, slots, fmt, constants)
-    reference.store_kv(key, value, want, slots, fmt)
-    radii = [reference.page_views(cache, fmt).key_radius.flatten(1) for cache in (have, want)]
-    assert torch.equal(radii[0][0, [3, 25]], torch.zeros(2, dtype=torch.float16))
-    query = torch.randn(1, 4, 128).bfloat16()
-    out = torch.full_like(query, NAN)
-    table = torch.tensor([[0, 1, 2]], dtype=torch.int32)
-    lens, starts = torch.tensor([40], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-    cpu.decode_attention(query, have, table, lens, starts, 1, fmt, constants, 0.09, out)
-    exact = reference.attention(query, have, table, lens, starts, fmt, 0.09)
-    assert relative_error(out, exact) < TOLERANCE[torch.bfloat16]
+    slots = (case.batch.block_table[0, :3].long()[:, None] * 16 + torch.arange(16)).flatten()[:40]
+    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables)
+    views = reference.page_views(case.cache, case.page, reference.rows(case.page))
+    for views_of, token, head in (("key", 3, 0), ("value", 7, 1), ("key", 9, 1)):
+        block, place = slots[token] // 16, slots[token] % 16
+        assert getattr(views, f"{views_of}_radius")[block, head, place] == 0
+        codes = getattr(views, f"{views_of}_codes")[block, :, place]
+        assert not codes[head].any() and codes[1 - head].any()
+    check_decode(case)
+
+
+def prefill(case: Case, attention: Attention | None = None) -> torch.Tensor:
+    out = case.out()
+    ops = CpuOperations(case.shape)
+    plan = ops.planner().plan(case.batch)
+    ops.prefill(
+        case.query, case.key, case.value, case.cache, plan, attention or case.attention, case.tables, out
+    )
+    return out
+
+
+def check_prefill(case: Case) -> None:
+    """Against float64 attention over the decoded prefix and the fresh keys and values as they are."""
+    out, want, rows = prefill(case), case.expected_prefill(), case.batch.prefill_rows
+    assert relative_error(out[rows], want[rows]) < 2 * TOLERANCE[case.query.dtype]
+    out[rows] = UNTOUCHED
+    assert (out == UNTOUCHED).all(), "rows of no prefill were written"
 
 
 @pytest.mark.parametrize("preset", ALL_PRESETS)
-@pytest.mark.parametrize(("context", "fresh"), [(0, 33), (1, 1), (37, 20), (1000, 3)], ids=lambda n: str(n))
-def test_prefill_attends_to_the_prefix_and_causally_to_itself(preset: str, context: int, fresh: int) -> None:
-    check_prefill(PolarFormat(preset, 128, 48), context, fresh, torch.bfloat16)
+@pytest.mark.parametrize("chunk", [(0, 33), (1, 1), (37, 20), (1000, 3)], ids=str)
+def test_prefill_attends_to_the_prefix_and_causally_to_itself(preset: str, chunk: tuple[int, int]) -> None:
+    check_prefill(make_case(page_for(preset, 128, 48), [], [chunk], group=3))
 
 
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_prefill_of_every_head_dim(head_dim: int) -> None:
-    check_prefill(PolarFormat(K4V4, head_dim, 16), 50, 31, torch.float16)
+    check_prefill(make_case(page_for(K4V4, head_dim), [], [(50, 31)], dtype=torch.float16))
 
 
-def test_prefill_merges_prefixes_longer_than_one_part() -> None:
-    check_prefill(PolarFormat(K4V4, 64, 128), 2 * cpu._PREFIX_TOKENS + 5, 9, torch.float16)
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_prefill_with_factors_of_every_head(preset: str) -> None:
+    check_prefill(make_case(page_for(preset, 64), [], [(50, 9), (0, 4)], heads=3, uneven=True))
 
 
-def check_prefill(fmt: PolarFormat, context: int, fresh: int, dtype: torch.dtype) -> None:
-    """Against float64 attention over the decoded prefix and the fresh keys and values as they are."""
-    heads, group = 2, 3
-    # Blocks are written in another order than they are read.
-    batch = make_batch(fmt, [max(context, 1)], [1], dtype, CPU, heads=heads, group=group)
-    key, value = (vectors((fresh, heads, fmt.head_dim), dtype, CPU) for _ in "kv")
-    query = torch.randn(fresh, heads * group, fmt.head_dim).to(dtype)
-    out = torch.full_like(query, NAN)
-    cpu.prefill_attention(
-        query,
-        key,
-        value,
-        batch.cache,
-        batch.block_table[0],
-        context,
-        fmt,
-        batch.tables,
-        batch.scale,
+@pytest.mark.parametrize("segment_tokens", [16, 50, 100, 1000])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_prefill_merges_the_segments_of_a_prefix(segment_tokens: int, uneven: bool) -> None:
+    case = make_case(page_for("polarquant_k3v3", 64, 32), [], [(300, 9)], dtype=torch.float16, uneven=uneven)
+    out = case.out()
+    prefill_attention(
+        case.query,
+        case.key,
+        case.value,
+        case.cache,
+        case.batch.block_table[0],
+        300,
+        case.page,
+        LoopTables.of(case.page.slot, case.tables, torch.float16),
+        case.attention,
         out,
+        segment_tokens,
     )
-    before = reference.read_kv(batch.cache, batch.block_table[0], context, fmt, dtype)
-    keys, values = (
-        torch.cat([old.double(), new.double()]).repeat_interleave(group, 1)
-        for old, new in zip(before, (key, value), strict=True)
+    assert relative_error(out, case.expected_prefill()) < 2 * TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4"])
+def test_a_batch_of_decodes_and_prefills(preset: str, uneven: bool) -> None:
+    """A step as a layer runs it: store everything, then both attentions into one output."""
+    case = make_case(
+        page_for(preset, 128, 32),
+        [(75, 1), (33, 3), (0, 0), (4, 4)],
+        [(40, 7), (0, 33), (65, 1)],
+        padding=2,
+        uneven=uneven,
     )
-    logits = torch.einsum("qhd,khd->hqk", query.double(), keys) * batch.scale
-    visible = torch.arange(len(keys)) <= context + torch.arange(fresh)[:, None]
-    weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-    want = torch.einsum("hqk,khd->qhd", weights, values)
-    assert relative_error(out, want) < 2 * TOLERANCE[dtype]
+    check_decode(case)
+    check_prefill(case)
+    ops = operations(case.shape, Limits(8), no_dense_attention)
+    plan, out = ops.planner().plan(case.batch), case.out()
+    assert ops.order == "rows" and ops.nbytes == 0
+    ops.decode(case.query, case.cache, plan, case.attention, case.tables, out)
+    ops.prefill(case.query, case.key, case.value, case.cache, plan, case.attention, case.tables, out)
+    want = case.expected_decode().out + case.expected_prefill()
+    rows = case.batch.num_tokens
+    assert relative_error(out[:rows], want[:rows]) < 2 * TOLERANCE[torch.bfloat16]
+    assert (out[rows:] == UNTOUCHED).all()
+
+
+def no_dense_attention(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    raise AssertionError("a CPU has its own")
+
+
+def test_only_plain_attention_is_computed() -> None:
+    case = make_case(page_for(K4V4, 64), [(20, 1)], [(0, 4)])
+    for change in ({"window": 4}, {"soft_cap": 30.0}, {"sinks": torch.zeros(4)}):
+        other = dataclasses.replace(case.attention, **change)
+        for run in (decode, prefill):
+            with pytest.raises(UnsupportedAttention):
+                run(case, other)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_scale_is_used(scale: float) -> None:
+    case = make_case(page_for(K4V4, 64), [(20, 1)])
+    attention = Attention(scale)
+    want = reference.dense_attention(case.query, *case.stored(0, 20), torch.tensor([19]), attention)
+    assert relative_error(decode(case, attention), want.out) < TOLERANCE[torch.bfloat16]
+
+
+def test_layers_with_other_tables_share_operations() -> None:
+    """Also where new tables take the memory of ones that are gone."""
+    case = make_case(page_for(K4V4, 64), [(40, 1)])
+    ops = CpuOperations(case.shape)
+    plan = ops.planner().plan(case.batch)
+    for turn in range(6):
+        fresh = make_case(page_for(K4V4, 64), [(40, 1)], uneven=turn % 2 == 1)
+        out = fresh.out()
+        ops.decode(
+            fresh.query, fresh.cache, ops.planner().plan(fresh.batch), fresh.attention, fresh.tables, out
+        )
+        assert relative_error(out, fresh.expected_decode().out) < TOLERANCE[torch.bfloat16]
+    out = case.out()
+    ops.decode(case.query, case.cache, plan, case.attention, case.tables, out)
+    assert relative_error(out, case.expected_decode().out) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4", "polarquant_lossless"])
+def test_warm_up_compiles_everything(preset: str) -> None:
+    from vllm_polarquant.kernels.cpu import read, write
+
+    case = make_case(page_for(preset, 96, 48), [(40, 2)], [(40, 7)])
+    ops = CpuOperations(case.shape)
+    ops.warm_up(case.page, case.tables)
+    loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes)
+    compiled = [len(loop.signatures) for loop in loops]
+    ops.store(case.key, case.value, case.cache, torch.arange(9), case.tables)
+    decode(case)
+    prefill(case)
+    assert [len(loop.signatures) for loop in loops] == compiled
+
+
+def test_golden_page() -> None:
+    """The bytes that this page format stands for on a CPU; cpu_cases.py says how to renew them."""
+    assert bytes(golden_page().flatten().tolist()) == GOLDEN
+    cache = torch.zeros(1, 1, 16, GOLDEN_PAGE.slot.nbytes, dtype=torch.uint8)
+    held = tables(GOLDEN_PAGE.slot, torch.bfloat16, CPU)
+    ops = CpuOperations(LayerShape(GOLDEN_PAGE.slot, 1, 1, torch.bfloat16, CPU))
+    ops.store(*golden_vectors(), cache, torch.arange(16), held)
+    # Cells name the nearest points of these vectors, so the search finds what the reference finds.
+    assert bytes(cache.flatten().tolist()) == GOLDEN
+
+
+def test_golden_page_lies_in_rows() -> None:
+    """Read without the package: of the last token, codes and radii."""
+    key, value = (x[15, 0].double() for x in golden_vectors())
+    key_codes, value_codes = GOLDEN[15 * 24 : 16 * 24], GOLDEN[16 * 24 + 15 * 16 : 16 * 40]
+    radii = torch.frombuffer(bytearray(GOLDEN[16 * 40 + 15 * 4 :]), dtype=torch.bfloat16)
+    held, slot = tables(GOLDEN_PAGE.slot, torch.bfloat16, CPU), GOLDEN_PAGE.slot
+    for x, codes, radius, vector, error in (
+        (key, key_codes, radii[0], slot.key, 0.2),
+        (value, value_codes, radii[1], slot.value, 0.36),
+    ):
+        unit = unit_vectors(torch.tensor(list(codes), dtype=torch.uint8), vector, torch.bfloat16)
+        back = restored(unit * decode_radius(radius).double(), held.query_factors[0], held.mixing)
+        assert relative_error(back, x) < error
 
 
 def test_numbas_threads_leave_nested_parallel_regions_forbidden() -> None:
@@ -260,7 +519,7 @@ def test_numbas_threads_leave_nested_parallel_regions_forbidden() -> None:
     omp_get_max_active_levels = getattr(ctypes.CDLL(None), "omp_get_max_active_levels", None)
     if omp_get_max_active_levels is None:
         pytest.skip("torch does not use OpenMP here")
-    decode(make_batch(PolarFormat(K4V4, 128, 16), [9], [1], torch.bfloat16, CPU), 1)
+    decode(make_case(page_for(K4V4, 128), [(9, 1)]))
     assert omp_get_max_active_levels() == 1
 
 

@@ -11,12 +11,14 @@ from vllm_polarquant.format import (
     HEAD_DIMS,
     LOSSLESS,
     PRESETS,
-    PolarFormat,
+    Slot,
     UnsupportedFormat,
     VectorFormat,
-    dense_block_stride,
     is_polar_dtype,
 )
+from vllm_polarquant.kernels.triton.page_io import lane_order
+from vllm_polarquant.page import Page, dense_block_stride, page_of
+from vllm_polarquant.reference import rows
 
 # Bytes of one token in one kv head. A vector of d coordinates takes d/4 bytes at 2 bits, 3d/8 at 3,
 # d/2 at 4 and d at 8; the two radii take 4.
@@ -32,8 +34,8 @@ SLOT_BYTES = {
     "polarquant_k2v2": (36, 44, 52, 60, 68, 100, 132),
     LOSSLESS: (260, 324, 388, 452, 516, 772, 1028),
 }
-EVERY_FORMAT = [
-    PolarFormat(preset, head_dim, block_size)
+EVERY_PAGE = [
+    Page(Slot(preset, head_dim), block_size)
     for preset, head_dim, block_size in itertools.product(SLOT_BYTES, HEAD_DIMS, (16, 48))
 ]
 
@@ -46,36 +48,36 @@ def test_every_preset_has_pinned_bytes():
 
 @pytest.mark.parametrize("preset", SLOT_BYTES)
 def test_slot_bytes(preset):
-    sizes = tuple(PolarFormat(preset, d, 16).slot_bytes for d in HEAD_DIMS)
-    assert sizes == SLOT_BYTES[preset]
+    assert tuple(Slot(preset, d).nbytes for d in HEAD_DIMS) == SLOT_BYTES[preset]
 
 
-@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=lambda fmt: fmt.cache_id)
-def test_page_has_no_gaps(fmt):
-    tokens = fmt.block_size
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.cache_id("rows"))
+def test_page_has_no_gaps(page):
+    tokens, slot = page.block_size, page.slot
     end = 0
     for start, size in (
-        (0, tokens * fmt.key_bytes),
-        (fmt.value_offset, tokens * fmt.value_bytes),
-        (fmt.key_radius_offset, tokens * 4),
+        (0, tokens * slot.key_bytes),
+        (page.value_offset, tokens * slot.value_bytes),
+        (page.key_radius_offset, tokens * 4),
     ):
         assert start == end
         assert start % 16 == 0
         end = start + size
-    assert fmt.value_radius_offset == fmt.key_radius_offset + 2
-    assert end == fmt.page_bytes == tokens * fmt.slot_bytes
-    assert fmt.page_bytes % 16 == 0
+    assert page.value_radius_offset == page.key_radius_offset + 2
+    assert end == page.nbytes == tokens * slot.nbytes
+    assert page.nbytes % 16 == 0
 
 
 def test_default_page_in_numbers():
-    fmt = PolarFormat("polarquant_k4v3", 128, 32)
-    assert (fmt.key_bytes, fmt.value_bytes) == (64, 48)
-    assert fmt.value_offset == 2048
-    assert fmt.key_radius_offset == 3584
-    assert fmt.value_radius_offset == 3586
-    assert fmt.page_bytes == 3712
-    assert fmt.bits_per_element == 3.625
-    assert PolarFormat("polarquant_k4v4", 128, 16).ratio == pytest.approx(512 / 132)
+    slot = Slot("polarquant_k4v3", 128)
+    assert (slot.key_bytes, slot.value_bytes, slot.nbytes) == (64, 48, 116)
+    assert slot.bits_per_element == 3.625
+    assert Slot("polarquant_k4v4", 128).ratio == pytest.approx(512 / 132)
+    page = Page(slot, 32)
+    assert page.value_offset == 2048
+    assert page.key_radius_offset == 3584
+    assert page.value_radius_offset == 3586
+    assert page.nbytes == 3712
 
 
 def lanes_shares(code_bytes, parts, runs):
@@ -91,28 +93,38 @@ def lanes_shares(code_bytes, parts, runs):
         yield [(t, b) for t in tokens for start in starts for b in range(start, start + piece)]
 
 
-@pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=lambda fmt: fmt.cache_id)
-def test_codes_lie_as_lanes_read_them(fmt):
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.cache_id("lanes"))
+def test_codes_lie_as_lanes_read_them(page):
+    slot, order = page.slot, lane_order(page)
     for vector, size, parts, places in (
-        (fmt.key, fmt.key_bytes, 4, fmt.key_places),
-        (fmt.value, fmt.value_bytes, 8, fmt.value_places),
+        (slot.key, slot.key_bytes, 4, order.key),
+        (slot.value, slot.value_bytes, 8, order.value),
     ):
         if size % 8:
             memory = list(itertools.product(range(16), range(size)))
         else:
-            shares = list(lanes_shares(size, parts, vector.runs))
+            shares = list(lanes_shares(size, parts, 1 if vector.kind == "polar" else 2))
             memory = []
             while shares[0]:
                 width = next(w for w in (16, 8, 4) if len(shares[0]) >= w)
                 for share in shares:
                     memory += share[:width]
                     del share[:width]
-        assert [places[token][byte] for token, byte in memory] == list(range(16 * size))
+        assert places.dtype == torch.int64 and places.shape == (16, size)
+        assert [int(places[token, byte]) for token, byte in memory] == list(range(16 * size))
 
 
-def test_cache_id_tells_formats_apart():
-    assert len({fmt.cache_id for fmt in EVERY_FORMAT}) == len(EVERY_FORMAT)
-    assert PolarFormat("polarquant_k4v4", 128, 16).cache_id == "polarquant_k4v4-v3-d128-b16-s42"
+def test_rows_lie_one_after_the_other():
+    order = rows(Page(Slot("polarquant_k3v2", 80), 32))
+    assert [tuple(places.shape) for places in order] == [(16, 30), (16, 20)]
+    assert all(places.flatten().tolist() == list(range(places.numel())) for places in order)
+
+
+def test_cache_id_tells_pages_apart():
+    ids = {page.cache_id(order) for page in EVERY_PAGE for order in ("rows", "lanes")}
+    assert len(ids) == 2 * len(EVERY_PAGE)
+    page = Page(Slot("polarquant_k4v4", 128), 16)
+    assert page.cache_id("rows") == "polarquant_k4v4-v4-rows-d128-b16-s42"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +140,7 @@ def test_cache_id_tells_formats_apart():
 )
 def test_errors_name_the_cause(preset, head_dim, block_size, message):
     with pytest.raises(UnsupportedFormat, match=message):
-        PolarFormat(preset, head_dim, block_size)
+        Page(Slot(preset, head_dim), block_size)
 
 
 def test_codes_are_whole_bytes():
@@ -142,9 +154,12 @@ def test_pair_bits():
     assert [VectorFormat("polar", bits).pair_bits for bits in BITS] == [4, 5, 6, 7, 8]
 
 
-def layer_view(layout: str, fmt: PolarFormat, heads: int) -> torch.Tensor:
+K4V4 = Page(Slot("polarquant_k4v4", 128), 16)
+
+
+def layer_view(layout: str, page: Page, heads: int) -> torch.Tensor:
     """One layer's cache [B, H, N, C] out of a tensor whose dims lie in the order of `layout`."""
-    size = {"L": 3, "B": 5, "H": heads, "N": fmt.block_size, "C": fmt.slot_bytes}
+    size = {"L": 3, "B": 5, "H": heads, "N": page.block_size, "C": page.slot.nbytes}
     cache = torch.empty([size[dim] for dim in layout], dtype=torch.uint8)
     return cache.permute([layout.index(dim) for dim in "LBHNC"])[1]
 
@@ -152,22 +167,21 @@ def layer_view(layout: str, fmt: PolarFormat, heads: int) -> torch.Tensor:
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(("layout", "layers"), [("LBHNC", 1), ("LBNHC", 1), ("BLHNC", 3), ("BLNHC", 3)])
 def test_dense_layouts(layout, layers, heads):
-    fmt = PolarFormat("polarquant_k4v4", 128, 16)
-    cache = layer_view(layout, fmt, heads)
+    cache = layer_view(layout, K4V4, heads)
     assert cache.shape == (5, heads, 16, 132)
-    assert dense_block_stride(cache, fmt) == layers * heads * 16 * 132
+    assert page_of(cache, K4V4.slot) == K4V4
+    assert dense_block_stride(cache, K4V4) == layers * heads * 16 * 132
 
 
 @pytest.mark.parametrize("layout", ["LHBNC", "BHLNC"])
 def test_scattered_layouts_are_refused(layout):
-    fmt = PolarFormat("polarquant_k4v4", 128, 16)
     with pytest.raises(ValueError, match=r"not contiguous.*LBHNC, LBNHC, BLHNC, BLNHC"):
-        dense_block_stride(layer_view(layout, fmt, 2), fmt)
+        dense_block_stride(layer_view(layout, K4V4, 2), K4V4)
 
 
 def test_one_head_is_dense_in_any_order():
-    fmt = PolarFormat("polarquant_k3v2", 64, 16)
-    assert dense_block_stride(layer_view("LHBNC", fmt, 1), fmt) == 16 * 44
+    page = Page(Slot("polarquant_k3v2", 64), 16)
+    assert dense_block_stride(layer_view("LHBNC", page, 1), page) == 16 * 44
 
 
 @pytest.mark.parametrize(
@@ -179,16 +193,14 @@ def test_one_head_is_dense_in_any_order():
     ],
 )
 def test_wrong_caches_are_refused(shape, dtype):
-    fmt = PolarFormat("polarquant_k4v4", 128, 16)
     with pytest.raises(ValueError, match=r"expected a cache uint8 \[B, H, 16, 132\]"):
-        dense_block_stride(torch.empty(shape, dtype=dtype), fmt)
+        dense_block_stride(torch.empty(shape, dtype=dtype), K4V4)
 
 
 def test_padded_slots_are_refused():
-    fmt = PolarFormat("polarquant_k4v4", 128, 16)
     padded = torch.empty(5, 2, 16, 144, dtype=torch.uint8)[..., :132]
     with pytest.raises(ValueError, match="not contiguous"):
-        dense_block_stride(padded, fmt)
+        dense_block_stride(padded, K4V4)
 
 
 def test_is_polar_dtype():

@@ -1,0 +1,66 @@
+"""Decode attention: few query tokens a request, straight off the pages."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_polarquant.attention import Attention
+from vllm_polarquant.kernels.cpu import read
+from vllm_polarquant.kernels.cpu.threads import use_torch_threads
+from vllm_polarquant.kernels.cpu.vectors import LoopTables, open_cache, regions
+from vllm_polarquant.page import Page
+
+
+def decode_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    page: Page,
+    tables: LoopTables,
+    attention: Attention,
+    out: torch.Tensor,
+    starts: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Causal attention of R requests; scratch memory grows with their queries, not with their contexts.
+
+    Args:
+        query: [T, num_heads, d], the requests' tokens one after the other.
+        cache: uint8 [B, kv heads, N, slot.nbytes]; the queries' own tokens are already in it.
+        block_table: int32 [R, max_blocks].
+        seq_lens: int32 [R], tokens of each request, its queries included; 0 for a padded row.
+        query_start_loc: int32 [R + 1].
+        page: of the cache.
+        tables: of the layer.
+        attention: of the layer.
+        out: like query, written; rows of no request are left alone.
+        starts: int32 [R], the first position of each request that its queries see; None for 0.
+        lse: float32 [num_heads, T], written likewise: the natural logarithm of the sum of exp, -inf where a
+            query sees nothing. Its output is then zeros.
+
+    Raises:
+        UnsupportedAttention: for all but a scale.
+    """
+    attention.require_plain()
+    threads = use_torch_threads()
+    requests, heads = len(seq_lens), cache.shape[1]
+    tokens = int(query_start_loc[requests])
+    rotated = tables.rotate_queries(query[:tokens], heads).mul_(attention.scale)
+    if starts is None:
+        starts = torch.zeros_like(seq_lens)
+    splits = max(1, -(-2 * threads // max(1, requests * heads)))
+    split_out = torch.empty(splits, *rotated.shape).numpy()
+    split_max, split_sum = torch.empty(2, splits, *rotated.shape[:2]).numpy()
+    key_region, value_region = regions(page)
+    read.attend(
+        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(),
+        block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.key.reader, key_region,
+        tables.value.reader, value_region, split_out, split_max, split_sum,
+    )  # fmt: skip
+    merged, merged_lse = torch.empty_like(rotated), torch.empty(rotated.shape[1], tokens)
+    read.merge(split_out, split_max, split_sum, merged.numpy(), merged_lse.numpy())
+    out[:tokens] = tables.restore_outputs(merged)
+    if lse is not None:
+        lse[:, :tokens] = merged_lse

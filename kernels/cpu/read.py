@@ -1,0 +1,216 @@
+"""numba loops that read pages."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_polarquant.kernels.cpu.vectors import FP8, RAW
+from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE
+
+_TILE = 64
+_NO_MASS = np.float32(-1e30)
+
+
+@njit(cache=True)
+def _load_radii(memory, start, count, bits):
+    """bfloat16 radii at `start` as bits of float32, uint32 [count], whatever their sign bit says."""
+    for t in range(count):
+        at = start + RADIUS_STRIDE * t
+        bits[t] = np.uint32(memory[at]) << np.uint32(16) | np.uint32(memory[at + 1] & 0x7F) << np.uint32(24)
+
+
+@njit(cache=True)
+def _load_tile(codes, count, reader, points, tile):
+    """Unit vectors of `count` rows of codes, as bits of float32: u32 tile [:, d].
+
+    points: u32 [d / 2], scratch.
+    """
+    d = tile.shape[1]
+    half = d // 2
+    lut = reader.lut
+    if reader.kind == RAW:
+        for t in range(count):
+            at = t * reader.code_bytes
+            for j in range(d):
+                low, high = np.uint64(codes[at + 2 * j]), np.uint64(codes[at + 2 * j + 1])
+                tile[t, j] = lut[low | (high << np.uint64(8))]
+        return
+    if reader.kind == FP8:
+        for t in range(count):
+            at = t * reader.code_bytes
+            for j in range(d):
+                tile[t, j] = lut[np.uint64(codes[at + j])]
+        return
+    pair_bits, state_bits = reader.pair_bits, reader.state_bits
+    before = np.uint64(pair_bits - state_bits)
+    for t in range(count):
+        at = t * reader.code_bytes
+        # Unsigned indices spare the loops Python's test for negative ones: three times faster.
+        if pair_bits == 8:
+            last = np.uint64(0)
+            for j in range(half):
+                code = np.uint64(codes[at + j])
+                points[j] = lut[(code << np.uint64(state_bits)) | (last >> before)]
+                last = code
+        else:
+            mask = np.uint64((1 << (pair_bits + state_bits)) - 1)
+            word = np.uint64(0)
+            for group in range(half // 8):
+                # The top bits of the last code stay, below those of the next eight.
+                word >>= np.uint64(8 * pair_bits)
+                for b in range(pair_bits):
+                    byte = np.uint64(codes[at + group * pair_bits + b])
+                    word |= byte << np.uint64(8 * b + state_bits)
+                for j in range(8):
+                    points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
+        for j in range(half):
+            tile[t, j] = points[j] << np.uint32(16)
+        for j in range(half):
+            tile[t, j + half] = points[j] & np.uint32(0xFFFF0000)
+
+
+@njit(cache=True, parallel=True, fastmath=True)
+def attend(
+    query, query_start, seq_lens, starts, block_table, heads, memory, blocks, key, key_region, value,
+    value_region, split_out, split_max, split_sum,
+):  # fmt: skip
+    """Flash attention of one (request, kv head, split) a task, on rotated and scaled queries.
+
+    query f32 [T, Hq, d], starts i32 [R]. split_out f32 [splits, T, Hq, d], split_max and split_sum
+    [splits, T, Hq], are written for every query of every request.
+    """
+    requests = len(seq_lens)
+    splits, _, query_heads, d = split_out.shape
+    group = query_heads // heads
+    block_size = blocks.tokens
+    # Tiles that never leave a page.
+    width = _TILE if block_size % _TILE == 0 else BLOCK_SIZE_MULTIPLE
+    for task in prange(requests * heads * splits):
+        split = task % splits
+        head = task // splits % heads
+        request = task // (splits * heads)
+        length = seq_lens[request]
+        visible = max(starts[request], 0)
+        first = query_start[request]
+        count = query_start[request + 1] - first
+        rows = count * group
+        for row in range(rows):
+            token, member = first + row // group, head * group + row % group
+            split_max[split, token, member] = _NO_MASS
+            split_sum[split, token, member] = 0
+            split_out[split, token, member] = 0
+        origin = visible // width * width
+        share = ((length - origin + splits - 1) // splits + width - 1) // width * width
+        begin, end = origin + split * share, min(origin + (split + 1) * share, length)
+        points = np.empty(d // 2, np.uint32)
+        bits = np.empty((_TILE, d), np.uint32)
+        tile = bits.view(np.float32)
+        radius_bits = np.empty(_TILE, np.uint32)
+        radii = radius_bits.view(np.float32)
+        weights = np.empty((max(rows, 1), _TILE), np.float32)
+        for start in range(begin, end, width):
+            step = min(width, end - start)
+            block = np.int64(block_table[request, start // block_size])
+            page = block * blocks.stride + head * blocks.page_bytes
+            inside = start % block_size
+            at = page + key_region.codes + inside * key.code_bytes
+            _load_tile(memory[at : at + step * key.code_bytes], step, key, points, bits)
+            _load_radii(memory, page + key_region.radii + inside * RADIUS_STRIDE, step, radius_bits)
+            for row in range(rows):
+                token, member = row // group, row % group
+                q = query[first + token, head * group + member]
+                for t in range(step):
+                    dot = np.float32(0)
+                    for j in range(d):
+                        dot += q[j] * tile[t, j]
+                    weights[row, t] = dot * radii[t]
+                for t in range(min(visible - start, step)):
+                    weights[row, t] = _NO_MASS
+                for t in range(max(0, length - count + token + 1 - start), step):
+                    weights[row, t] = _NO_MASS
+                before = split_max[split, first + token, head * group + member]
+                top = before
+                for t in range(step):
+                    top = max(top, weights[row, t])
+                shrink = np.float32(math.exp(before - top))
+                total = np.float32(0)
+                for t in range(step):
+                    # A masked logit must weigh nothing even where every logit so far is masked.
+                    weight = np.float32(0)
+                    if weights[row, t] > _NO_MASS / 2:
+                        weight = np.float32(math.exp(weights[row, t] - top))
+                    weights[row, t] = weight
+                    total += weight
+                sum_before = split_sum[split, first + token, head * group + member]
+                split_sum[split, first + token, head * group + member] = sum_before * shrink + total
+                split_max[split, first + token, head * group + member] = top
+                if shrink != 1:
+                    out = split_out[split, first + token, head * group + member]
+                    for j in range(d):
+                        out[j] *= shrink
+            at = page + value_region.codes + inside * value.code_bytes
+            _load_tile(memory[at : at + step * value.code_bytes], step, value, points, bits)
+            _load_radii(memory, page + value_region.radii + inside * RADIUS_STRIDE, step, radius_bits)
+            for row in range(rows):
+                out = split_out[split, first + row // group, head * group + row % group]
+                for t in range(step):
+                    weights[row, t] *= radii[t]
+                # Four tokens a sweep: the accumulator is read and written a quarter as often.
+                for t in range(0, step - 3, 4):
+                    w0, w1 = weights[row, t], weights[row, t + 1]
+                    w2, w3 = weights[row, t + 2], weights[row, t + 3]
+                    for j in range(d):
+                        out[j] += (w0 * tile[t, j] + w1 * tile[t + 1, j]) + (
+                            w2 * tile[t + 2, j] + w3 * tile[t + 3, j]
+                        )
+                for t in range(step // 4 * 4, step):
+                    for j in range(d):
+                        out[j] += weights[row, t] * tile[t, j]
+
+
+@njit(cache=True, parallel=True)
+def merge(split_out, split_max, split_sum, out, lse):
+    """`attend`'s splits, each by its share of the softmax -> out f32 [T, Hq, d], lse f32 [Hq, T]."""
+    splits, tokens, heads, d = split_out.shape
+    for row in prange(tokens * heads):
+        token, head = row // heads, row % heads
+        merged = out[token, head]
+        merged[:] = 0
+        top, total = _NO_MASS, np.float32(0)
+        for split in range(splits):
+            top = max(top, split_max[split, token, head])
+        for split in range(splits):
+            share = np.float32(math.exp(split_max[split, token, head] - top))
+            total += share * split_sum[split, token, head]
+            for j in range(d):
+                merged[j] += share * split_out[split, token, head, j]
+        lse[head, token] = -np.inf
+        if total > 0:
+            lse[head, token] = top + math.log(total)
+            for j in range(d):
+                merged[j] /= total
+
+
+@njit(cache=True, parallel=True)
+def gather(block_table, start, memory, blocks, reader, region, out):
+    """Tokens [start, start + n) of one request: radius times unit vectors, f32 [n, heads, d], rotated."""
+    n, heads, d = out.shape
+    for i in prange(n):
+        points = np.empty(d // 2, np.uint32)
+        bits = np.empty((1, d), np.uint32)
+        unit = bits.view(np.float32)
+        radius_bits = np.empty(1, np.uint32)
+        radius = radius_bits.view(np.float32)
+        position = start + i
+        block = np.int64(block_table[position // blocks.tokens])
+        inside = position % blocks.tokens
+        for head in range(heads):
+            page = block * blocks.stride + head * blocks.page_bytes
+            at = page + region.codes + inside * reader.code_bytes
+            _load_tile(memory[at : at + reader.code_bytes], 1, reader, points, bits)
+            _load_radii(memory, page + region.radii + inside * RADIUS_STRIDE, 1, radius_bits)
+            for j in range(d):
+                out[i, head, j] = unit[0, j] * radius[0]

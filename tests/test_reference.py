@@ -1,0 +1,207 @@
+"""The reference's attention against loops over single tokens and against torch's own with masks.
+
+Pages hold 16-bit vectors as they are, so that what is attended to is known without the codec.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vllm_polarquant import reference
+from vllm_polarquant.attention import Attention, UnsupportedAttention
+from vllm_polarquant.format import Slot
+from vllm_polarquant.page import Page
+from vllm_polarquant.reference import Attended
+
+PAGE = Page(Slot("polarquant_lossless", 64), 16)
+HEADS, KV_HEADS = 6, 2
+SEQ_LENS, QUERY_LENS = [37, 1, 0, 20, 5], [3, 1, 0, 20, 1]
+SINKS = torch.tensor([-30.0, -1.0, 0.0, 0.5, 2.0, 30.0])
+ATTENTIONS = {
+    "plain": Attention(0.125),
+    "window": Attention(0.125, window=5),
+    "window of one": Attention(0.3, window=1),
+    "wide window": Attention(0.125, window=1000),
+    "soft cap": Attention(0.5, soft_cap=2.0),
+    "sinks": Attention(0.125, sinks=SINKS),
+    "all": Attention(0.5, window=7, soft_cap=3.0, sinks=SINKS),
+}
+STARTS = {"from 0": None, "from tokens": torch.tensor([9, 0, 0, 12, 5], dtype=torch.int32)}
+
+
+class Requests:
+    """Keys and values of every request, and their pages."""
+
+    def __init__(self) -> None:
+        blocks = [-(-length // 16) for length in SEQ_LENS]
+        self.cache = torch.full((sum(blocks) + 1, KV_HEADS, 16, PAGE.slot.nbytes), 0xFF, dtype=torch.uint8)
+        self.block_table = torch.full((len(blocks), max(blocks)), 1 << 30, dtype=torch.int32)
+        order = (torch.randperm(sum(blocks)) + 1).tolist()
+        self.keys, self.values = [], []
+        for request, length in enumerate(SEQ_LENS):
+            mine = [order.pop() for _ in range(blocks[request])]
+            self.block_table[request, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            key, value = torch.randn(2, length, KV_HEADS, 64).half()
+            slots = torch.tensor([mine[i // 16] * 16 + i % 16 for i in range(length)], dtype=torch.int64)
+            reference.store_kv(key, value, self.cache, slots, PAGE, reference.rows(PAGE))
+            self.keys.append(key)
+            self.values.append(value)
+        self.starts = torch.tensor([0, *QUERY_LENS]).cumsum(0).to(torch.int32)
+        # Two rows of no request.
+        self.query = torch.randn(int(self.starts[-1]) + 2, HEADS, 64).half()
+
+    def attend(self, attention: Attention, starts: torch.Tensor | None) -> Attended:
+        return reference.attention(
+            self.query,
+            self.cache,
+            self.block_table,
+            torch.tensor(SEQ_LENS, dtype=torch.int32),
+            self.starts,
+            PAGE,
+            reference.rows(PAGE),
+            attention,
+            starts,
+        )
+
+
+def one_query(
+    query: list[float],
+    keys: list[list[float]],
+    values: list[list[float]],
+    seen: range,
+    attention: Attention,
+    sink: float | None,
+) -> tuple[list[float], float]:
+    """Output and log-sum-exp of one query in one head, straight from the definition."""
+    logits = {}
+    for token in seen:
+        logit = attention.scale * math.fsum(a * b for a, b in zip(query, keys[token], strict=True))
+        if attention.soft_cap is not None:
+            logit = attention.soft_cap * math.tanh(logit / attention.soft_cap)
+        logits[token] = logit
+    total = math.fsum(map(math.exp, logits.values())) + (0 if sink is None else math.exp(sink))
+    out = [math.fsum(math.exp(logits[t]) / total * values[t][j] for t in seen) for j in range(len(query))]
+    return out, math.log(total) if total else -math.inf
+
+
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+@pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention_token_by_token(attention: Attention, starts: torch.Tensor | None) -> None:
+    requests = Requests()
+    have = requests.attend(attention, starts)
+    row = 0
+    for request, (length, count) in enumerate(zip(SEQ_LENS, QUERY_LENS, strict=True)):
+        for position in range(length - count, length):
+            first = 0 if starts is None else int(starts[request])
+            if attention.window is not None:
+                first = max(first, position - attention.window + 1)
+            for head in (0, 2, 3, 5):
+                kv_head = head * KV_HEADS // HEADS
+                out, lse = one_query(
+                    requests.query[row, head].tolist(),
+                    requests.keys[request][:, kv_head].tolist(),
+                    requests.values[request][:, kv_head].tolist(),
+                    range(first, position + 1),
+                    attention,
+                    None if attention.sinks is None else float(attention.sinks[head]),
+                )
+                assert have.out[row, head].tolist() == pytest.approx(out, abs=1e-12)
+                assert float(have.lse[head, row]) == pytest.approx(lse, abs=1e-12)
+            row += 1
+    assert not have.out[row:].any()
+    assert torch.isneginf(have.lse[:, row:]).all()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 36])
+def test_attention_is_torchs_with_a_mask(window: int | None) -> None:
+    requests = Requests()
+    have = requests.attend(Attention(0.125, window=window), None)
+    for request, (length, count) in enumerate(zip(SEQ_LENS, QUERY_LENS, strict=True)):
+        if not count:
+            continue
+        rows = slice(int(requests.starts[request]), int(requests.starts[request + 1]))
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+        if window is not None:
+            mask &= ~torch.ones_like(mask).tril(length - count - window)
+        query, key, value = (
+            x.double().transpose(0, 1)[None]
+            for x in (requests.query[rows], requests.keys[request], requests.values[request])
+        )
+        want = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=0.125, enable_gqa=True
+        )
+        assert (have.out[rows] - want[0].transpose(0, 1)).abs().max() < 1e-12
+
+
+def test_a_sink_is_a_token_without_a_value() -> None:
+    """Which torch can compute: one more key, whose logit is the sink's, and a value of zeros."""
+    query, key, value = torch.randn(3, 9, 2, 8, dtype=torch.float64)
+    sinks = torch.tensor([0.7, -2.0])
+    have = reference.dense_attention(query, key, value, torch.arange(9), Attention(1.0, sinks=sinks))
+    key, value = (torch.cat([torch.zeros(1, 2, 8, dtype=torch.float64), x]) for x in (key, value))
+    bias = torch.zeros(2, 9, 10, dtype=torch.float64)
+    bias[:, :, 0] = sinks[:, None]
+    bias.masked_fill_(torch.ones(9, 10, dtype=torch.bool).triu(2), -torch.inf)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, value)), attn_mask=bias[None], scale=1.0
+    )
+    assert (have.out - want[0].transpose(0, 1)).abs().max() < 1e-12
+
+
+def test_parts_merge_by_their_lse() -> None:
+    """Tokens before a start and those from it on make the whole, the sinks counted once."""
+    requests = Requests()
+    starts = torch.tensor([20, 0, 0, 0, 3], dtype=torch.int32)
+    whole = requests.attend(Attention(0.125), None)
+    after = requests.attend(Attention(0.125), starts)
+    for request, row in ((0, 2), (4, 24)):
+        first = int(starts[request])
+        query = requests.query[row : row + 1]
+        before = reference.dense_attention(
+            query,
+            requests.keys[request][:first],
+            requests.values[request][:first],
+            torch.tensor([first - 1]),
+            Attention(0.125),
+        )
+        lse = torch.logaddexp(before.lse[:, 0], after.lse[:, row])
+        assert (lse - whole.lse[:, row]).abs().max() < 1e-12
+        merged = before.out[0] * (before.lse[:, 0] - lse).exp()[:, None]
+        merged += after.out[row] * (after.lse[:, row] - lse).exp()[:, None]
+        assert (merged - whole.out[row]).abs().max() < 1e-12
+
+
+def test_nothing_seen_is_zeros_and_no_mass() -> None:
+    requests = Requests()
+    beyond = torch.tensor([37, 1, 0, 999, 5], dtype=torch.int32)
+    have = requests.attend(Attention(0.125), beyond)
+    assert not have.out.any() and torch.isneginf(have.lse).all()
+    sinks = requests.attend(Attention(0.125, sinks=SINKS), beyond)
+    assert not sinks.out.any()
+    assert torch.equal(sinks.lse[:, :25], SINKS.double()[:, None].expand(6, 25))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": math.inf}, "scale must be finite"),
+        ({"window": 0}, "at least the query itself"),
+        ({"soft_cap": 0.0}, "positive number"),
+        ({"soft_cap": math.nan}, "positive number"),
+        ({"sinks": torch.zeros(4).half()}, r"float32 \[num_heads\]"),
+        ({"sinks": torch.zeros(4, 1)}, r"float32 \[num_heads\]"),
+    ],
+)
+def test_attentions_that_make_no_sense(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(**{"scale": 0.1, **change})
+
+
+def test_kernels_take_plain_attention() -> None:
+    Attention(0.1).require_plain()
+    for change, name in (({"window": 3}, "window"), ({"soft_cap": 1.0}, "soft"), ({"sinks": SINKS}, "sinks")):
+        with pytest.raises(UnsupportedAttention, match=name):
+            Attention(0.1, **change).require_plain()
