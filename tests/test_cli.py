@@ -8,10 +8,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from vllm_polarquant import __version__
-from vllm_polarquant.check import ConfigError, check_config, read_shape
+from vllm_polarquant import __version__, check
+from vllm_polarquant.check import Cache, ConfigError, Shape, check_config, read_shape
 from vllm_polarquant.cli import app
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
+from vllm_polarquant.support import refusals, table
 
 GIB = 2**30
 
@@ -117,7 +118,6 @@ SUPPORTED = {
     "llama without a dtype": {k: v for k, v in LLAMA.items() if k != "torch_dtype"},
     "qwen2, window off": QWEN2,
     "qwen2, window unset": {k: v for k, v in QWEN2.items() if k != "use_sliding_window"},
-    "qwen2, window from the last layer": QWEN2 | {"use_sliding_window": True},
     "qwen3": QWEN3,
     "qwen3, layers listed": QWEN3 | {"layer_types": ["full_attention"] * 32, "sliding_window": 1},
     "mistral, window null": MISTRAL | {"sliding_window": None},
@@ -126,39 +126,26 @@ SUPPORTED = {
     "falcon": FALCON,
     "llava": LLAVA,
     "cap null": LLAMA | {"attn_logit_softcapping": None},
+    # The engine serves the attention layers of hybrids.
+    "qwen3-next": QWEN3_NEXT,
+    "llama 4": LLAMA4,
 }
-# Features that the message names, in order, and a word of what to do.
+# Features that the message names, in order, and a word of what to do. tests/test_support.py has what vLLM
+# says of real layers.
 REFUSED = {
-    "deepseek": (DEEPSEEK, ["MLA"], "fp8"),
-    "gemma2": (GEMMA2, ["soft-capped logits", "sliding-window"], "skip-layers sliding_window"),
-    "gemma3": (GEMMA3, ["image-prefix", "sliding-window"], "skip-layers sliding_window"),
-    "gpt-oss": (GPT_OSS, ["attention sinks", "sliding-window"], "12 of 24 layers"),
-    "mistral": (MISTRAL | {"sliding_window": 4096}, ["sliding-window"], "fp8"),
-    "qwen2": (
-        QWEN2 | {"use_sliding_window": True, "max_window_layers": 21},
-        ["sliding-window"],
-        "7 of 28 layers",
-    ),
-    "qwen3-next": (QWEN3_NEXT, ["hybrid"], "fp8"),
-    "jamba": (LLAMA | {"model_type": "jamba"}, ["hybrid"], "fp8"),
-    "granite hybrid": (
-        LLAMA | {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]},
-        ["hybrid"],
-        "fp8",
-    ),
-    "nemotron-h": (LLAMA | {"hybrid_override_pattern": "M-M*"}, ["hybrid"], "fp8"),
-    "bloom": (BLOOM, ["ALiBi"], "fp8"),
-    "mpt": (MPT, ["ALiBi"], "fp8"),
-    "falcon": (FALCON | {"alibi": True}, ["ALiBi"], "fp8"),
-    "t5": (T5, ["encoder-decoder"], "auto"),
-    "whisper": (WHISPER, ["encoder-decoder"], "auto"),
-    "mllama": (LLAMA | {"cross_attention_layers": [3, 8]}, ["cross-attention"], "auto"),
-    "bert": (BERT, ["encoder-only"], "without"),
-    "roberta": ({"architectures": ["XLMRobertaModel"]}, ["encoder-only"], "without"),
-    "embedding": (LLAMA | {"use_bidirectional_attention": True}, ["bidirectional"], "auto"),
-    "llama4": (LLAMA4, ["chunked attention"], "fp8"),
-    "mimo": (QWEN3 | {"v_head_dim": 64}, ["v_head_dim"], "auto"),
-    "gemma4": (QWEN3 | {"global_head_dim": 512}, ["global_head_dim"], "fp8"),
+    "deepseek": (DEEPSEEK, ["MLA"], "--kv-cache-dtype auto"),
+    "gemma2": (GEMMA2, ["soft-capped logits", "sliding window"], "--kv-cache-dtype auto"),
+    "gemma3": (GEMMA3, ["image prefix", "sliding window"], "--language-model-only"),
+    "gpt-oss": (GPT_OSS, ["attention sinks", "sliding window"], "--kv-cache-dtype auto"),
+    "mistral": (MISTRAL | {"sliding_window": 4096}, ["sliding window"], "--disable-sliding-window"),
+    "bloom": (BLOOM, ["ALiBi"], "--kv-cache-dtype auto"),
+    "mpt": (MPT, ["ALiBi"], "--kv-cache-dtype auto"),
+    "falcon": (FALCON | {"alibi": True}, ["ALiBi"], "--kv-cache-dtype auto"),
+    "t5": (T5, ["encoder or cross attention"], "without --kv-cache-dtype"),
+    "whisper": (WHISPER, ["encoder or cross attention"], "without --kv-cache-dtype"),
+    "mllama": (LLAMA | {"cross_attention_layers": [3, 8]}, ["encoder or cross attention"], "without"),
+    "bert": (BERT, ["encoder or cross attention"], "without"),
+    "roberta": ({"architectures": ["XLMRobertaModel"]}, ["encoder or cross attention"], "without"),
     "head_dim 160": (LLAMA | {"head_dim": 160}, ["head_dim"], "64, 80, 96, 112, 128, 192, 256"),
     "float64": (LLAMA | {"dtype": "float64"}, ["dtype"], "--dtype bfloat16"),
 }
@@ -170,6 +157,11 @@ def run(*args: object):
     return runner.invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
+def check_file(*args: object):
+    """`polarquant check` without vLLM, which takes seconds to import."""
+    return run("check", *args, "--config-only")
+
+
 @pytest.fixture
 def model(tmp_path):
     def write(config: object):
@@ -179,27 +171,69 @@ def model(tmp_path):
     return write
 
 
+def write_weights(path, size=4096):
+    """A safetensors file of `size` bytes in all, with one tensor."""
+    tensor = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    length = len(json.dumps({"w": tensor})) + 20
+    data = size - 8 - length
+    header = json.dumps({"w": tensor | {"shape": [data], "data_offsets": [0, data]}}).ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header.encode() + b"w" * data)
+    assert path.stat().st_size == size
+
+
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name, model):
-    result = run("check", model(SUPPORTED[name]))
+    result = check_file(model(SUPPORTED[name]))
     assert result.exit_code == 0, result.output
-    assert f"{DEFAULT_PRESET} is supported" in result.stdout
+    assert result.stdout.startswith(f"{DEFAULT_PRESET} is supported")
+    assert "config.json alone" in result.stdout
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name, model):
     config, features, advice = REFUSED[name]
-    result = run("check", model(config), "--json")
+    result = check_file(model(config), "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
     assert report["supported"] is False
+    assert report["judged_by"] == "config.json"
     assert [problem["feature"] for problem in report["problems"]] == features
     messages = [problem["message"] for problem in report["problems"]]
     assert all(message.endswith(".") and "; " in message for message in messages)
     assert any(advice in message for message in messages)
-    plain = run("check", model(config))
+    plain = check_file(model(config))
     assert plain.exit_code == 1
     assert all(message in plain.stdout for message in messages)
+
+
+@pytest.mark.slow
+def test_vllm_is_asked(model):
+    pytest.importorskip("vllm")
+    tiny = LLAMA | {"num_hidden_layers": 4, "vocab_size": 128, "intermediate_size": 64}
+    report = json.loads(run("check", model(tiny), "--kv-cache-dtype-skip-layers", "0, 3", "--json").stdout)
+    assert report["supported"] is True
+    assert report["judged_by"] == "vllm"
+    assert report["quantised_layers"] == [1, 2]
+    assert report["capacity"][-1]["bytes_per_token"] == 8 * (2 * 512 + 2 * 132)
+    windows = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    gemma = GEMMA2 | windows | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    gemma |= {"num_hidden_layers": 4, "vocab_size": 128, "intermediate_size": 64}
+    gemma |= {"attn_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh"}
+    result = run("check", model(gemma))
+    assert result.exit_code == 1
+    assert "- sliding window (layers 0, 2): --kv-cache-dtype" in result.stdout
+    assert "with --disable-sliding-window: a token takes 3.94 times less" in result.stdout
+    assert "sliding_window: 2 of 4 layers take the preset" in result.stdout
+
+
+def test_a_model_that_vllm_cannot_build_is_judged_by_its_config(model, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with pytest.raises(FileNotFoundError):
+        run("check", model(LLAMA))
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    result = run("check", model(LLAMA))
+    assert result.exit_code == 0
+    assert "vLLM is not installed here: judged by config.json alone" in result.stdout
 
 
 def test_shapes():
@@ -213,14 +247,28 @@ def test_shapes():
     assert read_shape(LLAMA | {"num_kv_shared_layers": 12}).layers == 20
     dbrx = {"d_model": 6144, "n_heads": 48, "n_layers": 40, "attn_config": {"kv_n_heads": 8}}
     assert read_shape(dbrx).kv_heads == 8
+    # A length without meaning, as some tokenizers write it, limits nothing.
+    assert read_shape(LLAMA | {"max_position_embeddings": 10**30}).max_model_len is None
+
+
+def test_a_shape_whose_layers_differ():
+    caches = (Cache(1, 16, 8, 64), Cache(3, 16, 2, 128), Cache(5, 16, 2, 128, quantised=False))
+    mixed = Shape(3, 8, 64, 4096, 16, caches)
+    assert mixed.indices == [1, 3]
+    assert mixed.token_bytes("auto") == 8 * 256 + 2 * 2 * 512
+    assert mixed.token_bytes(DEFAULT_PRESET) == 8 * 68 + 2 * 132 + 2 * 512
+    assert (mixed.at(3).kv_heads, mixed.at(3).head_dim, mixed.at(3).query_heads) == (2, 128, 16)
+    alike = read_shape(LLAMA)
+    assert alike.at(3) == alike
+    assert alike.indices == list(range(32))
 
 
 def test_capacity_in_numbers(model):
     folder = model(LLAMA)
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"w" * 3000)
-    (folder / "model-00002-of-00002.safetensors").write_bytes(b"w" * 1096)
-    (folder / "consolidated.safetensors").write_bytes(b"w" * 4096)
-    result = run("check", folder, "--gpu-memory", 16, "--max-model-len", 8190, "--json")
+    write_weights(folder / "model-00001-of-00002.safetensors", 3000)
+    write_weights(folder / "model-00002-of-00002.safetensors", 1096)
+    write_weights(folder / "consolidated.safetensors", 4096)
+    result = check_file(folder, "--gpu-memory", 16, "--max-model-len", 8190, "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report["weight_bytes"] == 4096
@@ -239,24 +287,22 @@ def test_capacity_in_numbers(model):
 
 def test_capacity_table(model):
     folder = model(LLAMA)
-    result = run("check", folder, "--gpu-memory", 16, "--kv-cache-dtype", "polarquant_k2v2")
+    result = check_file(folder, "--gpu-memory", 16, "--kv-cache-dtype", "polarquant_k2v2")
     assert result.exit_code == 0
     assert "32 layers, 8 KV heads, head_dim 128" in result.stdout
     assert "131,072" in result.stdout
     assert "17,408" in result.stdout
     assert "no *.safetensors there" in result.stdout
-    (folder / "model.safetensors").write_bytes(b"")
-    assert "no *.safetensors there" in run("check", folder, "--gpu-memory", 16).stdout
-    without = run("check", folder).stdout
+    without = check_file(folder).stdout
     assert "tokens that fit" not in without
     # The file itself will do.
-    assert run("check", folder / "config.json").exit_code == 0
+    assert check_file(folder / "config.json").exit_code == 0
 
 
 def test_float32_weights_are_loaded_in_16_bits(model):
     folder = model(LLAMA | {"torch_dtype": "float32"})
-    (folder / "model.safetensors").write_bytes(b"w" * 4096)
-    report = json.loads(run("check", folder, "--gpu-memory", 1, "--json").stdout)
+    write_weights(folder / "model.safetensors")
+    report = json.loads(check_file(folder, "--gpu-memory", 1, "--json").stdout)
     assert report["weight_bytes"] == 2048
 
 
@@ -268,6 +314,9 @@ def test_float32_weights_are_loaded_in_16_bits(model):
         (["--max-model-len", "0"], "--max-model-len 0 is not a positive number of tokens"),
         (["--max-model-len", "-5"], "--max-model-len -5 is not"),
         (["--max-model-len", "many"], "--max-model-len"),
+        (["--max-model-len", str(10**20)], "is not a positive number of tokens below 2,147,483,648"),
+        (["--kv-cache-dtype-skip-layers", "32"], "32 names no layer of this model; give numbers below 32"),
+        (["--kv-cache-dtype-skip-layers", "0-1"], "0-1 names no layer"),
         (["--gpu-memory", "0"], "--gpu-memory 0 is not a positive number of GiB"),
         (["--gpu-memory", "nan"], "--gpu-memory nan is not"),
         (["--gpu-memory", "inf"], "--gpu-memory inf is not"),
@@ -276,8 +325,8 @@ def test_float32_weights_are_loaded_in_16_bits(model):
 )
 def test_bad_options(args, message, model):
     folder = model(LLAMA)
-    (folder / "model.safetensors").write_bytes(b"w" * 4096)
-    result = run("check", folder, *args)
+    write_weights(folder / "model.safetensors")
+    result = check_file(folder, *args)
     assert result.exit_code == 2
     assert message in result.stderr
     assert not result.stdout
@@ -293,35 +342,90 @@ def test_bad_options(args, message, model):
         (json.dumps(LLAMA | {"hidden_size": "4096"}), "has hidden_size = '4096', not a positive"),
         (json.dumps(LLAMA | {"num_hidden_layers": -1}), "has num_hidden_layers = -1"),
         (json.dumps(LLAMA | {"num_key_value_heads": True}), "has num_key_value_heads = True"),
+        (json.dumps(LLAMA | {"num_key_value_heads": 0}), "has num_key_value_heads = 0, not a positive"),
+        (json.dumps(QWEN3 | {"hidden_size": []}), "has hidden_size = [], not a positive"),
+        (json.dumps(LLAMA | {"architectures": [3]}), "has architectures = [3], not a list of names"),
+        (json.dumps(LLAMA | {"num_hidden_layers": 10**20}), "has num_hidden_layers = 1e+20, more than any"),
     ],
 )
 def test_bad_config(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    result = run("check", tmp_path)
+    result = check_file(tmp_path)
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_config_that_is_not_there(tmp_path):
-    for path in (tmp_path, tmp_path / "nothing", "some-org/some-model"):
-        result = run("check", path)
+    for path in (tmp_path, tmp_path / "nothing"):
+        result = check_file(path)
         assert result.exit_code == 2
         assert "does not exist; pass the folder" in result.stderr
+    result = check_file("some-org/some-model")
+    assert result.exit_code == 2
+    assert "not in the local cache; `hf download some-org/some-model`" in result.stderr
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    assert run("check", tmp_path).exit_code == 2
+    assert check_file(tmp_path).exit_code == 2
+
+
+def test_a_config_that_may_not_be_read(tmp_path):
+    config = tmp_path / "config.json"
+    config.mkdir()
+    result = check_file(tmp_path)
+    assert result.exit_code == 2
+    assert "cannot read" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def damage(folder, name):
+    weights = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    write_weights(weights)
+    if name == "empty":
+        weights.write_bytes(b"")
+    elif name == "garbage":
+        weights.write_bytes(b"not a tensor in sight, whatever the name says")
+    elif name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif name == "header":
+        weights.write_bytes((40).to_bytes(8, "little") + b"x" * 40)
+    elif name == "index":
+        index.write_text("{")
+    elif name == "index without a map":
+        index.write_text("{}")
+    elif name == "missing":
+        index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("empty", "model.safetensors is damaged (it is empty): download it again"),
+        ("garbage", "is damaged (no header of safetensors)"),
+        ("truncated", "is damaged (it should have 4,096 bytes and has 3,000)"),
+        ("header", "is damaged (its header is no JSON)"),
+        ("index", "index.json is damaged (JSONDecodeError"),
+        ("index without a map", "index.json is damaged (KeyError: 'weight_map')"),
+        ("missing", "1 of the 2 files that"),
+    ],
+)
+def test_damaged_weights(name, message, model):
+    folder = model(LLAMA)
+    damage(folder, name)
+    result = check_file(folder)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
 
 
 @pytest.mark.parametrize(
     ("field", "feature"),
     [
-        ({"index_topk": 2048}, "sparse"),
+        ({"index_topk": 2048}, "sparse attention"),
         ({"rswa_window": 128}, "R-SWA"),
-        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
-        ({"param_sink_number": 128}, "attention sinks"),
         ({"position_embedding_type": "alibi"}, "ALiBi"),
-        ({"full_attn_idxs": [2, 5]}, "hybrid"),
-        ({"is_causal": False}, "bidirectional"),
+        ({"num_kv_shared_layers": 4}, "shared KV layers"),
     ],
 )
 def test_one_field_is_refused_for_one_reason(field, feature):
@@ -333,13 +437,15 @@ def test_a_field_of_the_wrong_type():
         check_config(LLAMA | {"head_dim": "wide"})
     with pytest.raises(ConfigError, match="layer_types = 3, not a list"):
         check_config(LLAMA | {"layer_types": 3})
+    with pytest.raises(ConfigError, match=r"architectures = \[3\], not a list of names"):
+        check_config(LLAMA | {"architectures": [3]})
 
 
 @pytest.mark.parametrize("value", [None, True, -1, 0, 1.5, 10**30, "x", [], ["x"], {}, {"x": 1}])
 def test_any_value_of_any_field_ends_in_an_answer(value, model):
     every = {field for config, *_ in REFUSED.values() for field in config} | set(QWEN2)
     for field in sorted(every):
-        result = run("check", model(LLAMA | {field: value}), "--gpu-memory", 16)
+        result = check_file(model(LLAMA | {field: value}), "--gpu-memory", 16)
         assert result.exit_code in (0, 1, 2), field
 
 
@@ -351,7 +457,7 @@ def test_dtype_beside_the_text_config():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_can_be_checked(preset, model):
-    assert run("check", model(LLAMA), "--kv-cache-dtype", preset).exit_code == 0
+    assert check_file(model(LLAMA), "--kv-cache-dtype", preset).exit_code == 0
 
 
 def test_formats_json():
@@ -392,6 +498,11 @@ def test_formats_of_an_unknown_head_dim():
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_support_prints_the_tables():
+    assert run("support").stdout == table() + "\n"
+    assert run("support", "--refused").stdout == refusals() + "\n"
+
+
 def test_version_and_help():
     assert run("--version").stdout == f"polarquant {__version__}\n"
     for command in ([], ["check"], ["formats"]):
@@ -405,7 +516,7 @@ def test_check_imports_neither_torch_nor_vllm(model):
         "app(sys.argv[1:], standalone_mode=False); "
         "sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", code, "check", str(model(LLAMA))]
+    command = [sys.executable, "-c", code, "check", str(model(LLAMA)), "--config-only"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "is supported" in result.stdout

@@ -261,12 +261,15 @@ def _show_hard_layers(keys: KeyReport, every: bool) -> None:
 def _skips(text: str | None, config: dict[str, Any]) -> dict[str, Any]:
     """The option as vLLM's EngineArgs takes it; vLLM itself says nothing of what names no layer."""
     words = (text or "").replace(",", " ").split()
-    if unknown := unknown_skips(words, layer_count(config)):
+    if not words:
+        return {}
+    layers = layer_count(config)
+    if unknown := unknown_skips(words, layers):
         raise ConfigError(
             f"--kv-cache-dtype-skip-layers {unknown[0]} names no layer of this model; give numbers below "
-            f"{layer_count(config)}, or sliding_window"
+            f"{layers}, or sliding_window"
         )
-    return {"kv_cache_dtype_skip_layers": words} if words else {}
+    return {"kv_cache_dtype_skip_layers": words}
 
 
 def _show_refusal(model: Path, kv_cache_dtype: str, verdict: Verdict) -> None:
