@@ -226,7 +226,7 @@ MLA = LLAMA | {
     "kv_lora_rank": 512,
     "q_lora_rank": 64,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 64,
 }
 MAMBA = {
@@ -285,7 +285,7 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         | {
             "architectures": ["Llama4ForCausalLM"],
             "model_type": "llama4_text",
-            "attention_chunk_size": 64,
+            "attention_chunk_size": 256,
             "layer_types": ["chunked_attention"] * 3 + ["full_attention"],
             "num_local_experts": 2,
             "intermediate_size_mlp": 64,
@@ -300,6 +300,7 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
             "model_type": "qwen3_next",
             "layer_types": ["linear_attention"] * 3 + ["full_attention"],
             "num_experts": 4,
+            "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 64,
         },

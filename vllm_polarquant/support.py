@@ -242,8 +242,8 @@ HEAD_DIM = Rule(
 SLIDING_WINDOW = Rule(
     "sliding window",
     "sliding-window layers",
-    f"keep them in 16 bits with {SKIP_WINDOWS}, which makes only the other layers smaller, or, where "
-    "requests are no longer than the window, serve them as full ones with --disable-sliding-window",
+    f"keep them in 16 bits with {SKIP_WINDOWS}, so that only the other layers get smaller, or cut requests "
+    "to the window with --disable-sliding-window",
     models="Mistral 7B v0.1, Gemma 3, Phi-3, Qwen2 with `use_sliding_window`",
     selector="has_sliding_window",
     layer="sliding_window",
