@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from vllm_polarquant.eval.command import FAILED, fail
 from vllm_polarquant.eval.engine import engine, kv_tokens, use_in_process_engine
 from vllm_polarquant.eval.measures import next_token
 from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
-from vllm_polarquant.eval.plan import FAILED, PROBE
+from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import (
     MODEL_DIR,
     PROBE_ANSWER_TOKENS,
@@ -36,7 +37,6 @@ from vllm_polarquant.eval.probe.episodes import (
 from vllm_polarquant.eval.report.panels import colours
 from vllm_polarquant.eval.worker import reason
 from vllm_polarquant.format import DEFAULT_PRESET
-from vllm_polarquant.support import fail
 
 COMMAND = "demo"
 PROBE_MIB, MODEL_MIB = 64, 1024
@@ -219,7 +219,7 @@ def draw(path: Path, runs: list[Run], name: str, memory: int) -> None:
             f"Most likely next token is that of {base.dtype}",
             f"% of {base.likeliest.size:,} positions",
             [100 * run.agreement(base) for run in runs],
-            [f"{run.agreement(base):.1%}" if run is not base else "" for run in runs],
+            [f"{run.agreement(base):.1%}" if run is not base else "100%" for run in runs],
         ),
     ]
     if base.right:

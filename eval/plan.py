@@ -12,9 +12,6 @@ from vllm_polarquant.eval import isolate, results
 from vllm_polarquant.eval.dtypes import BASELINE
 from vllm_polarquant.eval.suites import Cell
 
-FAILED = 1
-"""Exit status of a command some of whose cells have no result."""
-
 PROBE = "probe"
 """Names the shipped model."""
 

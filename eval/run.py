@@ -19,12 +19,12 @@ from rich.table import Table
 from vllm_polarquant.check import ConfigError
 from vllm_polarquant.eval import dtypes, isolate, results
 from vllm_polarquant.eval.accuracy.collect import model_shape, note_run
+from vllm_polarquant.eval.command import FAILED, fail
 from vllm_polarquant.eval.dtypes import BASELINE
-from vllm_polarquant.eval.plan import FAILED, NO_BASELINE, PROBE, Plan, run_dtype
+from vllm_polarquant.eval.plan import NO_BASELINE, PROBE, Plan, run_dtype
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import load_suite, suite_names
 from vllm_polarquant.format import DEFAULT_PRESET
-from vllm_polarquant.support import fail
 
 COMMAND = "polarquant-eval"
 CUT_SHORT = "the run was cut short before it was done"

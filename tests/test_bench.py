@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,23 @@ import torch
 import typer
 from engine_runs import MODEL, child_env
 
-from vllm_polarquant import prefix
-from vllm_polarquant.eval import bench_engine, bench_kernels, contenders, grid, report
-from vllm_polarquant.eval.bench_kernels import Bench
-from vllm_polarquant.eval.grid import CENTRE, PEERS, Case, default_cases, jobs, parse_decode, tiny_cases
-from vllm_polarquant.eval.timer import MIN_ROUNDS, time_calls
+from vllm_polarquant.eval.bench import (
+    engine,
+    engine_page,
+    engine_worker,
+    grid,
+    inputs,
+    kernel_page,
+    kernel_worker,
+    kernels,
+    ours,
+)
+from vllm_polarquant.eval.bench.grid import CENTRE, PEERS, Case, default_cases, jobs, parse_decode, tiny_cases
+from vllm_polarquant.eval.bench.kernel_worker import Bench
+from vllm_polarquant.eval.bench.timer import MIN_ROUNDS, time_calls
+from vllm_polarquant.eval.report import cells, environment, page, panels
 from vllm_polarquant.format import LOSSLESS, PRESETS
-from vllm_polarquant.kernels import decode
+from vllm_polarquant.kernels.ops import LayerShape, Limits, Operations
 
 K4V4 = "polarquant_k4v4"
 TINY = {case.op: case for case in tiny_cases()}
@@ -34,15 +45,15 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels 
 
 
 def test_a_spread_keeps_the_median_and_both_ends() -> None:
-    assert report.spread([3.0, 1.0, 10.0]) == {"median": 3.0, "min": 1.0, "max": 10.0, "repeats": 3}
+    assert cells.spread([3.0, 1.0, 10.0]) == {"median": 3.0, "min": 1.0, "max": 10.0, "repeats": 3}
 
 
 def test_a_ratio_needs_both_measurements() -> None:
-    assert report.ratio({"median": 3.0}, 2) == 1.5
+    assert cells.ratio({"median": 3.0}, 2) == 1.5
     failed = {"error": "RuntimeError: no"}
     for cell, base in ((failed, 1.0), (1.0, failed), (None, 1.0), (1.0, None), (1.0, 0), (float("nan"), 1.0)):
-        assert report.ratio(cell, base) is None
-        assert report.times(report.ratio(cell, base)) == "-"
+        assert cells.ratio(cell, base) is None
+        assert cells.times(cells.ratio(cell, base)) == "-"
 
 
 @pytest.mark.parametrize(
@@ -57,19 +68,19 @@ def test_a_ratio_needs_both_measurements() -> None:
     ],
 )
 def test_a_cell_shows_its_number_or_why_there_is_none(cell: Any, text: str) -> None:
-    assert report.shown(cell) == text
+    assert cells.shown(cell) == text
 
 
 def test_a_table_has_one_line_a_row_whatever_a_cell_holds() -> None:
-    table = report.markdown_table(["a", "b"], [["1", "two\nlines"], ["x|y", ""]]).splitlines()
+    table = page.markdown_table(["a", "b"], [["1", "two\nlines"], ["x|y", ""]]).splitlines()
     assert table == ["| a | b |", "| --- | ---: |", "| 1 | two lines |", "| x\\|y |  |"]
 
 
 def test_write_makes_all_three_files(tmp_path: Path) -> None:
-    panel = report.Panel("speed", "x", ["one", "two"], {"ours": [1.0, None], "lost": [None, None]}, line=1.0)
-    section = report.Section("Decode", ["shape", "us"], [["8 x 1k", "5"]], note="A note.", panels=[panel])
+    panel = panels.Panel("speed", "x", ["one", "two"], {"ours": [1.0, None], "lost": [None, None]}, line=1.0)
+    section = page.Section("Decode", ["shape", "us"], [["8 x 1k", "5"]], note="A note.", panels=[panel])
     found = {"environment": {"device": "GPU 1"}, "command": "run --this"}
-    lines = report.write(tmp_path / "deep" / "v1.2", "Title", found, [section])
+    lines = page.write(tmp_path / "deep" / "v1.2", "Title", found, [section])
     assert [Path(line).name for line in lines] == ["v1.2.json", "v1.2.md", "v1.2.png"]
     assert json.loads(Path(lines[0]).read_text()) == found
     text = Path(lines[1]).read_text()
@@ -80,15 +91,15 @@ def test_write_makes_all_three_files(tmp_path: Path) -> None:
 
 def test_write_says_how_to_draw_later_without_matplotlib(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    panel = report.Panel("speed", "x", ["one"], {"ours": [1.0]})
-    section = report.Section("Decode", ["shape"], [["8 x 1k"]], panels=[panel])
-    lines = report.write(tmp_path / "r", "Title", {"environment": {}, "command": ""}, [section])
+    panel = panels.Panel("speed", "x", ["one"], {"ours": [1.0]})
+    section = page.Section("Decode", ["shape"], [["8 x 1k"]], panels=[panel])
+    lines = page.write(tmp_path / "r", "Title", {"environment": {}, "command": ""}, [section])
     assert "--render" in lines[2]
     assert (tmp_path / "r.md").exists() and not (tmp_path / "r.png").exists()
 
 
 def test_gpu_state_reads_a_line_of_nvidia_smi() -> None:
-    state = report.gpu_state("NVIDIA H200, 580.159, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W\n")
+    state = environment.gpu_state("NVIDIA H200, 580.159, 1980 MHz, 3201 MHz, 1980 MHz, 700.00 W\n")
     assert state["device"] == "NVIDIA H200"
     assert state["SM clock"] == "1980 MHz"
     assert state["power limit"] == "700.00 W"
@@ -189,16 +200,36 @@ def test_time_calls_makes_every_call_equally_often_and_times_one() -> None:
     assert len(quick) > MIN_ROUNDS
 
 
-@pytest.fixture
-def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits for a whole GPU take the interpreter minutes."""
-    monkeypatch.setattr(decode, "processors", lambda device: 4)
+def interpreted_ops(shape: LayerShape, limits: Limits, **options: Any) -> Operations:
+    """Triton's operations for a GPU of four SMs: splits for a whole one take the interpreter minutes."""
+    from vllm_polarquant.kernels.triton.launch import Gpu
+    from vllm_polarquant.kernels.triton.ops import TritonOperations
+
+    gpu = replace(Gpu.of(shape.device), num_sms=4)
+    return TritonOperations(shape, limits, ours.dense_torch, gpu=gpu, **options)
+
+
+class Interpreted(ours.Polar):
+    """A preset under Triton's interpreter."""
+
+    def __init__(self, preset: str, layer: type[ours.PolarLayer] = ours.PolarLayer, **options: Any) -> None:
+        super().__init__(preset, partial(interpreted_ops, **options), layer)
+
+
+class OffBy5Percent(ours.PolarLayer):
+    def attend(self) -> torch.Tensor:
+        return super().attend().mul_(1.05)
+
+
+class OtherHeads(ours.PolarLayer):
+    def attend(self) -> torch.Tensor:
+        return super().attend().flip(1)
 
 
 @interpreted
 @pytest.mark.parametrize("case", [*TINY.values(), replace(TINY["decode"], lengths="mixed")], ids=str)
-def test_ours_is_measured_and_checked(case: Case, few_splits: None) -> None:
-    result = Bench("cpu", budget_ms=1).run(case, K4V4)
+def test_ours_is_measured_and_checked(case: Case) -> None:
+    result = Bench("cpu", budget_ms=1, contender=Interpreted).run(case, K4V4)
     assert result["min"] > 0
     assert result["slot_bytes"] == 68
     assert result["layers"] == 2
@@ -206,23 +237,27 @@ def test_ours_is_measured_and_checked(case: Case, few_splits: None) -> None:
         # Two 4-bit vectors: sqrt(.0079) each on the values and, through the softmax, on the keys.
         assert 0.05 < result["errors"]["exact"] < 0.2
     if case.op == "decode":
-        assert result["errors"]["reference"] < bench_kernels.WRONG["reference"]
+        assert result["errors"]["reference"] < kernel_worker.WRONG["reference"]
 
 
 @interpreted
-@pytest.mark.parametrize("kind", ["reference", "exact"])
-def test_wrong_output_fails_the_cell(kind: str, few_splits: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = contenders.decode_attention
-
-    def broken(query: torch.Tensor, *rest: Any) -> None:
-        right(query, *rest)
-        out = rest[-3]
-        # 5 % off shows against the reference; another request's output against both.
-        out.mul_(1.05) if kind == "reference" else out.copy_(out.flip(1))
-
-    monkeypatch.setattr(contenders, "decode_attention", broken)
+@pytest.mark.parametrize(("kind", "layer"), [("reference", OffBy5Percent), ("exact", OtherHeads)])
+def test_wrong_output_fails_the_cell(kind: str, layer: type[ours.PolarLayer]) -> None:
+    """5 % off shows against the reference; another head's output against both."""
+    contender = partial(Interpreted, layer=layer)
     with pytest.raises(ArithmeticError, match=kind):
-        Bench("cpu", budget_ms=1).run(TINY["decode"], K4V4)
+        Bench("cpu", budget_ms=1, contender=contender).run(TINY["decode"], K4V4)
+
+
+def opened(case: Case, layers: int, **options: Any) -> tuple[inputs.Inputs, list[ours.PolarLayer]]:
+    """Layers of lossless pages, filled."""
+    given = inputs.make_inputs(case, CPU)
+    contender = Interpreted(LOSSLESS, **options)
+    shape = (layers, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))
+    caches = list(torch.full(shape, 0xFF, dtype=torch.uint8))
+    made = contender.open(given, caches)
+    inputs.fill(made, caches, given)
+    return given, made
 
 
 @interpreted
@@ -233,48 +268,30 @@ def test_exact_attention_is_that_of_lossless_pages(op: str) -> None:
     case = replace(
         TINY[op], batch=2 if op == "decode" else 1, context=16 * 150 + (16 if op == "decode" else 0)
     )
-    inputs = contenders.make_inputs(case, CPU)
-    contender = contenders.Polar(LOSSLESS)
-    shape = (2, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))
-    caches = list(torch.full(shape, 0xFF, dtype=torch.uint8))
-    layers = contender.open(inputs, caches)
-    contenders.fill(layers, caches, inputs)
-    want = contenders.exact_attention(inputs)
-    rows = contenders.checked_rows(case)
+    given, layers = opened(case, 2)
+    want = inputs.exact_attention(given)
     for layer in layers:
-        assert isinstance(layer, contenders.PolarLayer)
-        if op == "decode":
-            have = layer.reference()
-        else:
-            have = contenders.reference.attention(
-                inputs.query, layer.cache, inputs.block_table, inputs.seq_lens, inputs.query_start_loc,
-                layer.fmt, case.scale,
-            )[rows]  # fmt: skip
-        assert contenders.relative_error(have, want) < 1e-9
+        assert inputs.relative_error(layer.reference()[inputs.checked_rows(case)], want) < 1e-9
 
 
 @interpreted
-def test_the_prefix_runs_over_several_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(TINY["prefix"], context=1200)
-    monkeypatch.setattr(prefix, "WORKSPACE_BYTES", 1)
-    inputs = contenders.make_inputs(case, CPU)
-    contender = contenders.Polar(LOSSLESS)
-    shape = (1, case.blocks, case.block_size, case.kv_heads, contender.slot_bytes(case.head_dim))
-    caches = list(torch.zeros(shape, dtype=torch.uint8))
-    layers = contender.open(inputs, caches)
-    contenders.fill(layers, caches, inputs)
-    out = layers[0].attend()[contenders.checked_rows(case)]
-    assert contenders.relative_error(out, contenders.exact_attention(inputs)) < 0.015
+@pytest.mark.parametrize("tokens", [16, 40])
+def test_the_prefix_runs_over_several_workspaces(tokens: int) -> None:
+    """16 tokens are read off the pages like decodes, 40 attend to unpacked parts of the prefix."""
+    case = replace(TINY["prefix"], context=1200, tokens=tokens)
+    given, layers = opened(case, 1, prefix_tokens=512)
+    out = layers[0].attend()[inputs.checked_rows(case)]
+    assert inputs.relative_error(out, inputs.exact_attention(given)) < 0.015
 
 
 def test_what_does_not_fit_says_so() -> None:
     with pytest.raises(MemoryError, match="does not fit"):
-        Bench("cpu", 1)._caches(replace(CENTRE, batch=128, context=131072), 512)
+        Bench("cpu", 1).caches(replace(CENTRE, batch=128, context=131072), 512)
 
 
 def test_a_missing_vllm_is_called_not_installed() -> None:
-    assert bench_kernels._explain(ModuleNotFoundError("No module", name="vllm.config")) == "not installed"
-    assert bench_kernels._explain(ModuleNotFoundError("No module", name="other")).startswith("ModuleNotFound")
+    assert kernel_worker.explain(ModuleNotFoundError("No module", name="vllm.config")) == "not installed"
+    assert kernel_worker.explain(ModuleNotFoundError("No module", name="other")).startswith("ModuleNotFound")
 
 
 @interpreted
@@ -283,7 +300,7 @@ def test_a_cell_that_takes_too_long_costs_only_itself() -> None:
     endless = replace(TINY["decode"], batch=1, context=16384)
     short = replace(TINY["prefix"], context=16, tokens=1)
     todo = [(short, K4V4), (endless, K4V4), (short, "auto"), (short, K4V4)]
-    found = list(bench_kernels.measure(todo, "cpu", budget_ms=1, limit_s=20))
+    found = list(kernels.measure(todo, "cpu", budget_ms=1, limit_s=20))
     assert [kind for kind, *_ in found] == ["limits", *["cell"] * 4]
     assert [job for _, job, _ in found[1:]] == todo
     first, late, peer, last = (result for *_, result in found[1:])
@@ -293,25 +310,25 @@ def test_a_cell_that_takes_too_long_costs_only_itself() -> None:
 
 
 def kernel_report() -> dict[str, Any]:
-    cells = []
+    found = []
     speeds = {"auto": 480.0, "fp8": 240.0, K4V4: 160.0}
     for case in (CENTRE, replace(CENTRE, batch=1)):
         for name in ("auto", "fp8", "int4_per_token_head", K4V4):
             result: dict[str, Any] = {"error": "ValueError: its words"}
             if name in speeds:
                 taken = speeds[name]
-                result = {"bytes": 440_000_000, "slot_bytes": 132, **report.spread([taken])}
-            cells.append({"op": "decode", "label": case.label, "name": name, "result": result})
+                result = {"bytes": 440_000_000, "slot_bytes": 132, **cells.spread([taken])}
+            found.append({"op": "decode", "label": case.label, "name": name, "result": result})
     bandwidth = {"copy": {"median": 4.0e12}, "read": {"median": 4.4e12}}
     names = ["auto", "fp8", "int4_per_token_head", K4V4]
     environment = {"date": "2026-11-25"}
     return {
-        "environment": environment, "command": "", "contenders": names, "bandwidth": bandwidth, "cells": cells
+        "environment": environment, "command": "", "contenders": names, "bandwidth": bandwidth, "cells": found
     }  # fmt: skip
 
 
 def test_the_kernel_table_holds_ratios_the_limit_and_failures_by_name() -> None:
-    (decodes,) = bench_kernels.sections(kernel_report())
+    (decodes,) = kernel_page.sections(kernel_report())
     assert decodes.header[:5] == ["shape", "auto", "fp8", "int4_per_token_head", K4V4]
     shape, *times, limit, to_auto, to_fp8, share = decodes.rows[0]
     assert shape == CENTRE.label
@@ -321,7 +338,7 @@ def test_the_kernel_table_holds_ratios_the_limit_and_failures_by_name() -> None:
     (panel,) = decodes.panels
     assert panel.series[K4V4] == [3.0, 3.0]
     assert panel.series["int4_per_token_head"] == [None, None]
-    assert panel.series["HBM limit"] == pytest.approx([4.8, 4.8])
+    assert panel.series[panels.LIMIT] == pytest.approx([4.8, 4.8])
 
 
 @pytest.mark.gpu
@@ -348,11 +365,11 @@ def test_peers_and_ours_compute_attention(op: str, name: str, most: float) -> No
 
 
 def test_parse_shapes() -> None:
-    assert bench_engine.parse_shapes("8x1024,32x16384") == [(8, 1024), (32, 16384)]
-    assert bench_engine.parse_shapes("") == []
+    assert engine.parse_shapes("8x1024,32x16384") == [(8, 1024), (32, 16384)]
+    assert engine.parse_shapes("") == []
     for bad in ("8", "8x", "x8", "0x8", "8x1x2"):
         with pytest.raises(typer.BadParameter):
-            bench_engine.parse_shapes(bad)
+            engine.parse_shapes(bad)
 
 
 def test_a_step_is_that_of_the_request_which_started_last() -> None:
@@ -361,33 +378,33 @@ def test_a_step_is_that_of_the_request_which_started_last() -> None:
         return SimpleNamespace(metrics=stats)
 
     # The first request's tokens waited for the second's prefill.
-    assert bench_engine.step_ms([output(1.0, 9.0), output(5.0, 5.2)]) == pytest.approx(20)
+    assert engine_worker.step_ms([output(1.0, 9.0), output(5.0, 5.2)]) == pytest.approx(20)
 
 
 def test_the_time_of_a_full_memory_is_that_of_its_prefill_and_steps() -> None:
     found = {
-        "prefill_tokens_per_s 4x16384": report.spread([32768.0]),
-        "tpot_ms 8x1024": report.spread([5.0]),
-        "tpot_ms 32x16384": report.spread([16.0]),
+        "prefill_tokens_per_s 4x16384": cells.spread([32768.0]),
+        "tpot_ms 8x1024": cells.spread([5.0]),
+        "tpot_ms 32x16384": cells.spread([16.0]),
     }
     # 64 prompts of half a second each but for those cached, and 100 steps of twice 16 ms.
-    assert bench_engine.full_memory_s(found, 64, 8, 16384, 100) == pytest.approx(28 + 3.2)
-    assert bench_engine.full_memory_s({"kv_tokens": 10}, 64, 8, 16384, 100) == 0
+    assert engine_worker.full_memory_s(found, 64, 8, 16384, 100) == pytest.approx(28 + 3.2)
+    assert engine_worker.full_memory_s({"kv_tokens": 10}, 64, 8, 16384, 100) == 0
 
 
 def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_left() -> None:
-    full = {"requests": 54, "tokens_per_s": report.spread([1000.0]), "fill_s": 1.0, "preemptions": 0}
+    full = {"requests": 54, "tokens_per_s": cells.spread([1000.0]), "fill_s": 1.0, "preemptions": 0}
     runs = {
-        "auto": {"kv_tokens": 1000, "tpot_ms 32x16384": report.spread([20.0]), "full_memory 16384": full},
+        "auto": {"kv_tokens": 1000, "tpot_ms 32x16384": cells.spread([20.0]), "full_memory 16384": full},
         K4V4: {
             "kv_tokens": 3900,
-            "tpot_ms 32x16384": report.spread([10.0]),
-            "full_memory 16384": full | {"requests": 210, "tokens_per_s": report.spread([2500.0])},
+            "tpot_ms 32x16384": cells.spread([10.0]),
+            "full_memory 16384": full | {"requests": 210, "tokens_per_s": cells.spread([2500.0])},
         },
         "int4_per_token_head": {"kv_tokens": 3800, "error": "exceeded 300 s"},
         "turboquant_4bit_nc": {"kv_tokens": 3400, "full_memory 16384": {"error": "90 s are left"}},
     }
-    fits, steps, memory = bench_engine.sections({"environment": {}, "command": "", "runs": runs})
+    fits, steps, memory = engine_page.sections({"environment": {}, "command": "", "runs": runs})
     assert [row[:3] for row in fits.rows] == [
         ["auto", "1,000", "1.00x"],
         [K4V4, "3,900", "3.90x"],
@@ -414,14 +431,14 @@ def test_a_kernel_report_goes_on_where_it_stopped() -> None:
         {"op": "decode", "label": case.label, "name": K4V4, "result": {"error": "slow"}},
     ]
     new = {**old, "command": "again", "contenders": ["auto", "polarquant_k3v3"], "cells": []}
-    both, left = bench_kernels.resumed(old, new, todo)
+    both, left = kernels.resumed(old, new, todo)
     assert left == todo[1:]
     assert both["cells"] == old["cells"][:1]
     assert both["contenders"] == [*old["contenders"], "polarquant_k3v3"]
     assert both["command"] == f"{old['command']} && again"
     assert both["environment"] == old["environment"]
     with pytest.raises(typer.BadParameter, match="torch: "):
-        bench_kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
+        kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
 
 
 def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
@@ -437,19 +454,19 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
         "plan": {"model": "/elsewhere/llama-3.1-8b", "cells": [(2, 64)], "limit_s": 200.0},
         "runs": {},
     }
-    both = bench_engine.kept(old, new)
+    both = engine.kept(old, new)
     days = {"date": "2026-11-24, 2026-11-25"}
     assert both == old | {"command": "first && second", "environment": old["environment"] | days}
-    assert bench_engine.kept(both, new)["environment"] == both["environment"]
+    assert engine.kept(both, new)["environment"] == both["environment"]
     versions = [{"vllm-polarquant": version} for version in ("0.1", "0.2")]
     ran = old | {"runs": {K4V4: {"error": "slow"}, "auto": {"boot_s": 1.0}}}
     ran, again = (
         {**x, "environment": x["environment"] | v} for x, v in zip((ran, new), versions, strict=True)
     )
-    both = bench_engine.kept(ran, again)
+    both = engine.kept(ran, again)
     assert both["runs"] == {"auto": {"boot_s": 1.0}}
     assert both["environment"]["vllm-polarquant"] == "0.2"
-    assert bench_engine.kept(ran, again | {"environment": ran["environment"]})["runs"] == ran["runs"]
+    assert engine.kept(ran, again | {"environment": ran["environment"]})["runs"] == ran["runs"]
     for change, words in (
         ({"environment": new["environment"] | {"device": "H100"}}, "device: H200, now H100"),
         (
@@ -460,7 +477,7 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
         ({"plan": new["plan"] | {"repeats": 2}}, "repeats: None, now 2"),
     ):
         with pytest.raises(typer.BadParameter, match=words):
-            bench_engine.kept(old, new | change)
+            engine.kept(old, new | change)
 
 
 @pytest.mark.slow
@@ -473,7 +490,7 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path
     }  # fmt: skip
     for more in ([f"--dtypes={K4V4}"], ["--dtypes=nonsense", "--keep"]):
         child = subprocess.run(
-            [sys.executable, "-m", bench_engine.__name__, *(f"--{k}={v}" for k, v in options.items()), *more],
+            [sys.executable, "-m", engine.__name__, *(f"--{k}={v}" for k, v in options.items()), *more],
             env=child_env(),
             text=True,
             capture_output=True,
@@ -481,7 +498,7 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path
         )
         assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
     found = json.loads((tmp_path / "run.json").read_text())
-    assert found["command"].count("bench_engine") == 2 and "--keep" in found["command"]
+    assert found["command"].count("bench.engine") == 2 and "--keep" in found["command"]
     runs = found["runs"]
     ours = runs[K4V4]
     assert "error" not in ours

@@ -15,7 +15,7 @@ import typer
 from vllm_polarquant.check import ConfigError
 from vllm_polarquant.eval.accuracy.collect import ReportError, collect, read_report
 from vllm_polarquant.eval.accuracy.page import distortion_of, write
-from vllm_polarquant.support import fail
+from vllm_polarquant.eval.command import fail
 
 
 def main(

@@ -70,7 +70,7 @@ class Contender(Protocol):
         """Bytes of one token in one KV head."""
         ...
 
-    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[Layer]:
+    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> Sequence[Layer]:
         """A layer over each cache, uint8 [blocks, block_size, kv_heads, slot_bytes]."""
         ...
 

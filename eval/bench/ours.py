@@ -10,7 +10,7 @@ import torch
 from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
-from vllm_polarquant.eval.bench.inputs import DTYPE, Inputs, Layer
+from vllm_polarquant.eval.bench.inputs import DTYPE, Inputs
 from vllm_polarquant.format import Slot
 from vllm_polarquant.kernels.ops import (
     Batch,
@@ -60,9 +60,9 @@ def of_device(shape: LayerShape, limits: Limits) -> Operations:
     """The operations that serve on a GPU; off it, the same kernels under Triton's interpreter if it is on."""
     dense: DenseAttention = dense_torch
     if shape.device.type != "cpu":
-        from vllm_polarquant.flash import FlashAttention
+        from vllm_polarquant.flash import flash_attention
 
-        dense = FlashAttention(shape.slot.head_dim)
+        dense = flash_attention(shape.slot.head_dim)
     elif os.environ.get("TRITON_INTERPRET") == "1":
         from vllm_polarquant.kernels.triton.ops import TritonOperations
 
@@ -106,22 +106,23 @@ class Polar:
     Args:
         preset: its name.
         make: the operations of a layer's shape.
+        layer: what `open` opens.
     """
 
-    def __init__(self, preset: str, make: Maker = of_device) -> None:
-        self.name, self.make = preset, make
+    def __init__(self, preset: str, make: Maker = of_device, layer: type[PolarLayer] | None = None) -> None:
+        self.name, self.make, self.layer = preset, make, layer or PolarLayer
 
     def slot_bytes(self, head_dim: int) -> int:
         return Slot(self.name, head_dim).nbytes
 
-    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[Layer]:
+    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[PolarLayer]:
         case = inputs.case
         slot = Slot(self.name, case.head_dim)
         shape = LayerShape(slot, case.heads, case.kv_heads, DTYPE, inputs.device)
         ops = self.make(shape, Limits(case.batch))
         # Planned once a step for all layers, so outside of the timed calls.
         plan = ops.planner().plan(batch_of(inputs)) if case.op != "store" else None
-        return [PolarLayer(inputs, ops, plan, cache.transpose(1, 2)) for cache in caches]
+        return [self.layer(inputs, ops, plan, cache.transpose(1, 2)) for cache in caches]
 
 
 class PolarLayer:

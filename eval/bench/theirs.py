@@ -76,7 +76,7 @@ class FlashAttention:
     def slot_bytes(self, head_dim: int) -> int:
         return 2 * head_dim * (1 if self.name == "fp8" else 2)
 
-    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[Layer]:
+    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> Sequence[Layer]:
         from vllm.config.attention import AttentionConfig
         from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
         from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadata
@@ -114,7 +114,7 @@ class FlashAttention:
             if fp8:
                 layer.query = inputs.query.to(torch.float8_e4m3fn)
             layers.append(layer)
-        return list(layers)
+        return layers
 
 
 class TurboQuant:
@@ -131,7 +131,7 @@ class TurboQuant:
 
         return int(TurboQuantConfig.from_cache_dtype(self.name, head_dim).slot_size_aligned)
 
-    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[Layer]:
+    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> Sequence[Layer]:
         from vllm.config.attention import AttentionConfig
         from vllm.v1.attention.backends import turboquant_attn
         from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
@@ -168,7 +168,7 @@ class TritonInt4:
         # Two packed vectors, each with a float32 scale.
         return head_dim + 8
 
-    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> list[Layer]:
+    def open(self, inputs: Inputs, caches: Sequence[torch.Tensor]) -> Sequence[Layer]:
         from vllm.v1.attention.backends.triton_attn import (
             MIN_LAUNCH_GRID_SIZE_2D,
             NUM_PAR_SOFTMAX_SEGMENTS,

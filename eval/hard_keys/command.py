@@ -18,17 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_polarquant.check import ConfigError, check_config, read_config, read_shape
 from vllm_polarquant.eval import results
+from vllm_polarquant.eval.command import FAILED, fail
 from vllm_polarquant.eval.dtypes import ALL, BASELINE
 from vllm_polarquant.eval.hard_keys.cases import Case, run_cases, skip_plan
 from vllm_polarquant.eval.hard_keys.checkpoint import EditError
 from vllm_polarquant.eval.hard_keys.edits import EDITS, default_layers, write_edit
 from vllm_polarquant.eval.hard_keys.table import rows, table
-from vllm_polarquant.eval.plan import FAILED, PROBE, Plan
+from vllm_polarquant.eval.plan import PROBE, Plan
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import SuiteError, load_suite
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 from vllm_polarquant.keys import judge_keys
-from vllm_polarquant.support import fail
 
 COMMAND = "polarquant-eval hard-keys"
 PROBE_ENGINE = {"dtype": "float16", "kv_cache_memory_bytes": 128 << 20, "enforce_eager": True}
