@@ -3,7 +3,8 @@
     python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
 
 takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel with few
-tokens, -1 with many) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
+tokens, -1 with many, -2 for gathering a prefix, 11 and 12 for sets of one and two from a token on, with
+log-sum-exps) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
 thread and how many programs an H200 would run on a multiprocessor at once, of each.
 """
 
@@ -22,59 +23,71 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_polarquant.format import PolarFormat
-from vllm_polarquant.kernels import decode, store, tuning
-from vllm_polarquant.kernels.page import page_constants
+from vllm_polarquant.format import Slot
+from vllm_polarquant.kernels.triton import decode, gather, store
+from vllm_polarquant.kernels.triton.constants import page_constants
+from vllm_polarquant.kernels.triton.launch import DecodeLaunch, Gpu, config
+from vllm_polarquant.kernels.triton.rotate import is_hadamard
+from vllm_polarquant.kernels.triton.search import scratch_words
+from vllm_polarquant.page import Page
 
+H200 = Gpu.of(torch.device("cpu"))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
     "query": "*bf16", "out": "*bf16", "cache": "*u8", "block_table": "*i32", "seq_lens": "*i32",
-    "query_start_loc": "*i32", "rotation": "*fp32", "key_lut": "*i32", "value_lut": "*i32",
-    "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16", "value": "*bf16",
-    "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
-    "begin_words": "*i32", "items": "*i32",
+    "query_start_loc": "*i32", "starts": "*i32", "lse": "*fp32", "mixing": "*fp32", "query_factors": "*fp32",
+    "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32", "key_lut": "*i32",
+    "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16",
+    "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
+    "begin_words": "*i32", "items": "*i32", "lengths_cu": "*i32", "key_out": "*bf16", "value_out": "*bf16",
 }  # fmt: skip
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 
-
-def launch_of(fmt: PolarFormat, sets: int) -> Any:
-    """How decode attention would be launched on an H200, where it is no GPU."""
-    return decode._Launch.of(fmt, decode._Rows(sets, 1), torch.device("cpu"))
+Kernel = tuple[Any, dict[str, Any], dict[str, Any]]
 
 
-def decode_kernel(capability: int, fmt: PolarFormat, sets: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def decode_kernel(capability: int, page: Page, sets: int, plain: bool) -> Kernel:
     """The kernel of decode attention, its constants and its launch options."""
-    head_dim = fmt.head_dim
-    launch = launch_of(fmt, sets)
-    constants = {
-        "NUM_HEADS": 8 * sets, "GROUP": 4 * sets, "MAX_PARTS": decode.MAX_PARTS,
-        "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
+    launch = DecodeLaunch.of(page.slot, sets, H200)
+    constants: dict[str, Any] = {
+        "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
         "SETS": sets, "WARPS": launch.warps, "COPIES": 32 if capability in (80, 90) else 16,
-        "ROTATE": head_dim & (head_dim - 1) == 0, **page_constants(fmt),
+        "ROTATE": is_hadamard(page.slot.head_dim), "PAGE": page_constants(page),
     }  # fmt: skip
+    if plain:
+        constants |= {"starts": None, "lse": None}
     return decode._decode_kernel, constants, {"num_warps": launch.warps, "maxnreg": launch.registers}
 
 
-def store_kernel(fmt: PolarFormat, op: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def gather_kernel(page: Page) -> Kernel:
+    """The kernel of gather_prefix, its constants and its launch options."""
+    launch = config("gather", page.slot, H200)
+    constants = {"CHUNKS": launch["chunks"], "WARPS": launch["num_warps"], "PAGE": page_constants(page)}
+    return gather._gather_kernel, constants, {"num_warps": launch["num_warps"]}
+
+
+def store_kernel(page: Page, op: str) -> Kernel:
     """The kernel of store_kv, its constants and its launch options; op: store or store_few."""
-    config = tuning.config(op, fmt, torch.device("cpu"))
+    launch = config(op, page.slot, H200)
     constants = {
-        "NUM_HEADS": 8, "KEY_GAIN": fmt.key.gain, "VALUE_GAIN": fmt.value.gain,
-        "BLOCK_VECTORS": config["block_vectors"], "BLOCK_K": config["block_k"],
-        "PARALLEL_STATES": config["parallel_states"],
-        "SCRATCH_WORDS": store.scratch_words(fmt, config["block_vectors"], config["parallel_states"]),
-        **page_constants(fmt),
+        "NUM_HEADS": 8, "KEY_FACTORS_PER_HEAD": True, "BLOCK_VECTORS": launch["block_vectors"],
+        "BLOCK_K": launch["block_k"], "PARALLEL_STATES": launch["parallel_states"],
+        "SCRATCH_WORDS": scratch_words(page.slot, launch["block_vectors"], launch["parallel_states"]),
+        "PAGE": page_constants(page),
     }  # fmt: skip
-    return store._store_kernel, constants, {"num_warps": config["num_warps"], "maxnreg": config["maxnreg"]}
+    return store._store_kernel, constants, {"num_warps": launch["num_warps"], "maxnreg": launch["maxnreg"]}
 
 
-def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple[int, int, int, int]:
+def compile_one(capability: int, preset: str, head_dim: int, which: int) -> tuple[int, int, int, int]:
     """Static and dynamic shared memory in bytes, registers a thread, programs together on an H200."""
-    fmt = PolarFormat(preset, head_dim, 16)
-    if sets > 0:
-        kernel, constants, options = decode_kernel(capability, fmt, sets)
+    page = Page(Slot(preset, head_dim), 16)
+    sets = which % 10
+    if which > 0:
+        kernel, constants, options = decode_kernel(capability, page, sets, which < 10)
+    elif which == -2:
+        kernel, constants, options = gather_kernel(page)
     else:
-        kernel, constants, options = store_kernel(fmt, "store" if sets else "store_few")
+        kernel, constants, options = store_kernel(page, "store" if which else "store_few")
     signature = {
         name: "constexpr" if name in constants else POINTERS.get(name) or SCALARS.get(name, "i32")
         for name in kernel.arg_names
@@ -89,7 +102,7 @@ def compile_one(capability: int, preset: str, head_dim: int, sets: int) -> tuple
             [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
-    together = launch_of(fmt, sets).together if sets > 0 else 1
+    together = DecodeLaunch.of(page.slot, sets, H200).programs_per_sm if which > 0 else 1
     return found["SHARED"], compiled.metadata.shared, found["REG"], together
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_polarquant import reference
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables, decode_unit, encode, encode_radius, rotation, tables
-from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, MIN_FIT_GAIN, PRESETS, PolarFormat, VectorFormat
+from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS, Slot, VectorFormat
+from vllm_polarquant.kernels.triton.page_io import lane_order
+from vllm_polarquant.page import Page
 
 ALL_PRESETS = (*PRESETS, LOSSLESS)
 ALL_FORMATS = [(preset, dim) for preset in ALL_PRESETS for dim in HEAD_DIMS]
@@ -63,25 +66,29 @@ def cosines(x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: t
 def radius_for(
     x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The radii float16 [T, H] that belong to codes of vectors [T, H, d], in float64."""
+    """The radii bfloat16 [T, H] that belong to codes of vectors [T, H, d], in float64."""
     if vector.kind != "polar":
         return encode(x, vector)[0]
     cos = cosines(x, codes, vector, dtype)
-    gain = {"norm": torch.ones_like(cos), "unbiased": 1 / cos, "fit": cos.clamp_min(MIN_FIT_GAIN)}
+    gain = {"norm": torch.ones_like(cos), "unbiased": 1 / cos}
     length = decode_unit(codes, vector, dtype).double().norm(dim=-1)
     return encode_radius((x.double().norm(dim=-1) * gain[vector.gain] / length).float())
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
-    """The bits of float16 numbers as integers, int32."""
+    """The bits of 16-bit floats as integers, int32."""
     return x.contiguous().view(torch.int16).int()
 
 
+def page_for(preset: str, head_dim: int, block_size: int = 16) -> Page:
+    return Page(Slot(preset, head_dim), block_size)
+
+
 def empty_cache(
-    fmt: PolarFormat, blocks: int, heads: int, device: torch.device, layout: str = "LBHNC"
+    page: Page, blocks: int, heads: int, device: torch.device, layout: str = "LBHNC"
 ) -> torch.Tensor:
-    """A cache [B, H, N, slot_bytes] of 0xFF, the middle one of three layers' in vLLM's `layout`."""
-    sizes = {"L": 3, "B": blocks, "H": heads, "N": fmt.block_size, "C": fmt.slot_bytes}
+    """A cache [B, H, N, slot.nbytes] of 0xFF, the middle one of three layers' in vLLM's `layout`."""
+    sizes = {"L": 3, "B": blocks, "H": heads, "N": page.block_size, "C": page.slot.nbytes}
     memory = torch.full([sizes[dim] for dim in layout], 0xFF, dtype=torch.uint8, device=device)
     return memory.permute([layout.index(dim) for dim in "LBHNC"])[1]
 
@@ -90,7 +97,7 @@ def empty_cache(
 class Batch:
     """Requests whose keys and values the reference has stored."""
 
-    fmt: PolarFormat
+    page: Page
     tables: Tables
     cache: torch.Tensor
     block_table: torch.Tensor
@@ -99,12 +106,26 @@ class Batch:
     query: torch.Tensor
 
     @property
-    def scale(self) -> float:
-        return self.fmt.head_dim**-0.5
+    def attention(self) -> Attention:
+        return Attention(self.page.slot.head_dim**-0.5)
+
+    def reference(self, starts: torch.Tensor | None = None) -> reference.Attended:
+        """What decode attention should compute."""
+        return reference.attention(
+            self.query,
+            self.cache,
+            self.block_table,
+            self.seq_lens,
+            self.query_start_loc,
+            self.page,
+            lane_order(self.page),
+            self.attention,
+            starts,
+        )
 
 
 def make_batch(
-    fmt: PolarFormat,
+    page: Page,
     seq_lens: list[int],
     query_lens: list[int],
     dtype: torch.dtype,
@@ -115,9 +136,10 @@ def make_batch(
     padding: int = 0,
 ) -> Batch:
     """Store seq_lens[r] tokens for each request in scattered blocks; `padding` more query rows."""
-    needed = [-(-length // fmt.block_size) for length in seq_lens]
+    needed = [-(-length // page.block_size) for length in seq_lens]
     blocks = 1 + sum(needed)
-    cache = empty_cache(fmt, blocks, heads, device, layout)
+    cache = empty_cache(page, blocks, heads, device, layout)
+    order = lane_order(page)
     shuffled = (torch.randperm(blocks - 1) + 1).tolist()
     wide = torch.full((len(seq_lens), max(needed) + 5), OUT_OF_RANGE_BLOCK, dtype=torch.int32, device=device)
     block_table = wide[:, : max(needed) + 2]
@@ -125,17 +147,17 @@ def make_batch(
         mine = torch.tensor([shuffled.pop() for _ in range(needed[request])], device=device)
         block_table[request, : len(mine)] = mine
         position = torch.arange(length, device=device)
-        slots = mine[position // fmt.block_size].long() * fmt.block_size if length else position
-        key, value = (vectors((length, heads, fmt.head_dim), dtype, device) for _ in "kv")
-        reference.store_kv(key, value, cache, slots + position % fmt.block_size, fmt)
+        slots = mine[position // page.block_size].long() * page.block_size if length else position
+        key, value = (vectors((length, heads, page.slot.head_dim), dtype, device) for _ in "kv")
+        reference.store_kv(key, value, cache, slots + position % page.block_size, page, order)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     tokens = int(starts[-1]) + padding
     return Batch(
-        fmt,
-        tables(fmt, dtype, device),
+        page,
+        tables(page.slot, dtype, device),
         cache,
         block_table,
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
         starts.to(device),
-        torch.randn(tokens, heads * group, fmt.head_dim, device=device).to(dtype),
+        torch.randn(tokens, heads * group, page.slot.head_dim, device=device).to(dtype),
     )

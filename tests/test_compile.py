@@ -30,6 +30,10 @@ CASES = [
     (90, "polarquant_k4v3", 128, 0),
     (90, "polarquant_k2v2", 256, -1),
     (90, "polarquant_k3.5v3.5", 128, -1),
+    (80, "polarquant_k4v3", 80, -2),
+    (90, "polarquant_k8v4", 128, -2),
+    (90, "polarquant_k4v4", 128, 11),
+    (90, "polarquant_k4v4", 128, 12),
 ]
 
 
@@ -47,5 +51,5 @@ def test_kernels_compile_for_every_generation_and_can_be_launched() -> None:
         assert static > reserved or dynamic > 0
         assert static - reserved + dynamic <= UNASKED or dynamic > UNASKED, case
         assert programs * (max(static, static - reserved + 1024) + dynamic) <= MULTIPROCESSOR[case[0]], case
-        # So many that as many programs run together as kernels/configs counts on.
+        # So many that as many programs run together as kernels/triton/configs counts on.
         assert registers <= (128 if case[3] > 0 and case[2] <= 128 else 255), case

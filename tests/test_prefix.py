@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_polarquant.prefix import plan_prefill, reads_like_decodes
+from vllm_polarquant.kernels.triton.prefix import plan_prefixes, reads_like_decodes
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def test_every_prefix_token_is_unpacked_once(
 ) -> None:
     contexts, queries = (np.array(column, np.int32) for column in zip(*requests, strict=True))
     starts = decode_tokens + np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-    plan = plan_prefill(starts, contexts, capacity, CPU)
+    plan = plan_prefixes(starts, contexts, capacity, CPU)
     assert plan.query_start_loc.tolist() == (starts - decode_tokens).tolist()
     assert plan.max_query_len == queries.max()
 
@@ -39,7 +39,8 @@ def test_every_prefix_token_is_unpacked_once(
         mine = slice(segment.first, segment.last)
         assert segment.query_start_loc.diff().tolist() == queries[mine].tolist()
         assert segment.max_query_len == queries[mine].max()
-        assert (segment.rows.start, segment.rows.stop) == (starts[segment.first], starts[segment.last])
+        own = starts[segment.first] - decode_tokens, starts[segment.last] - decode_tokens
+        assert (segment.rows.start, segment.rows.stop) == own
         for request, start, length in zip(
             range(segment.first, segment.last), segment.start.tolist(), lens, strict=True
         ):
@@ -51,7 +52,7 @@ def test_every_prefix_token_is_unpacked_once(
 @pytest.mark.parametrize("contexts", [[0], [0, 0, 0]])
 def test_first_chunks_have_no_segments(contexts: list[int]) -> None:
     starts = np.arange(len(contexts) + 1, dtype=np.int32) * 4
-    assert plan_prefill(starts, np.array(contexts, np.int32), 8, CPU).segments == ()
+    assert plan_prefixes(starts, np.array(contexts, np.int32), 8, CPU).segments == ()
 
 
 @pytest.mark.parametrize(

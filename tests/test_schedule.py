@@ -1,4 +1,4 @@
-"""The schedule of decode attention: every turn of every request exactly once, in about equal shares."""
+"""The schedule of decode attention: every tile of every request exactly once, in about equal shares."""
 
 from __future__ import annotations
 
@@ -8,24 +8,35 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vllm_polarquant.kernels.schedule import ITEM_COST, MAX_PARTS, Schedule, plan
+from vllm_polarquant.kernels.triton.schedule import ITEM_COST, MAX_SPLITS, Schedule, plan
 
-TURN = 128
-
-
-def turns_of(length: int) -> int:
-    return max(1, -(-length // TURN))
+TILE = 128
 
 
-def shares(lengths: list[int], queries: list[int], programs: int, device: torch.device) -> list[int]:
-    """What each program has to do, in turns, of a schedule that covers all requests once."""
+def tiles_of(length: int) -> int:
+    return max(1, -(-length // TILE))
+
+
+def shares(
+    lengths: list[int],
+    queries: list[int],
+    programs: int,
+    device: torch.device,
+    first_tokens: list[int] | None = None,
+) -> list[int]:
+    """What each program has to do, in tiles, of a schedule that covers all requests once."""
     # Room for more requests than there are, as in an engine.
-    schedule = Schedule.allocate(len(lengths) + 3, programs, TURN, device)
+    schedule = Schedule.allocate(len(lengths) + 3, programs, TILE, device)
     schedule.first.fill_(-7)
     schedule.items.fill_(-7)
     schedule.begin.fill_(-7)
     starts = torch.tensor([0, *queries], device=device).cumsum(0).to(torch.int32)
-    plan(torch.tensor(lengths, dtype=torch.int32, device=device), starts, schedule)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    if first_tokens is None:
+        plan(seq_lens, starts, schedule)
+    else:
+        plan(seq_lens, starts, schedule, torch.tensor(first_tokens, dtype=torch.int32, device=device))
+        lengths = [max(0, n - first // 16 * 16) for n, first in zip(lengths, first_tokens, strict=True)]
     first, items = schedule.first.tolist(), schedule.items.tolist()
     assert first[0] == 0
     for program, words in enumerate(schedule.begin.tolist()):
@@ -37,16 +48,16 @@ def shares(lengths: list[int], queries: list[int], programs: int, device: torch.
     work = []
     for program in range(programs):
         cost = 0
-        for request, begin, end, first_program, parts, *_ in items[first[program] : first[program + 1]]:
+        for request, begin, end, first_program, splits, *_ in items[first[program] : first[program + 1]]:
             mine = found.setdefault(request, [])
-            assert program == first_program + len(mine), "parts are not in consecutive programs"
+            assert program == first_program + len(mine), "splits are not in consecutive programs"
             mine.append((begin, end))
-            total = turns_of(lengths[request])
-            if len(mine) == parts:
+            total = tiles_of(lengths[request])
+            if len(mine) == splits:
                 assert end >= total
                 end = total
-            assert begin < end, "a part without tokens"
-            assert parts <= MAX_PARTS
+            assert begin < end, "a split without tokens"
+            assert splits <= MAX_SPLITS
             cost += end - begin + ITEM_COST
         work.append(cost)
     assert sorted(found) == [r for r, count in enumerate(queries) if count]
@@ -60,10 +71,10 @@ def shares(lengths: list[int], queries: list[int], programs: int, device: torch.
 
 @pytest.mark.parametrize("programs", [1, 2, 33, 264])
 @pytest.mark.parametrize("reqs", [1, 2, 8, 40])
-def test_every_turn_is_read_once(reqs, programs, device):
+def test_every_tile_is_read_once(reqs, programs, device):
     rng = random.Random(f"{reqs} {programs}")
     for longest in (300, 200_000):
-        edges = [0, 1, TURN - 1, TURN, TURN + 1]
+        edges = [0, 1, TILE - 1, TILE, TILE + 1]
         lengths = [rng.choice([*edges, rng.randrange(longest), rng.randrange(1500)]) for _ in range(reqs)]
         queries = [rng.choice([0, 1, 1, 3]) for _ in range(reqs)]
         shares(lengths, queries, programs, device)
@@ -79,11 +90,11 @@ def test_equal_requests_fill_the_gpu(reqs, device):
 
 def test_one_long_request_among_short_ones_does_not_end_last(device):
     lengths = [1024] * 16 + [131072] + [1024] * 15
-    least = sum(turns_of(length) + ITEM_COST for length in lengths) / 33
+    least = sum(tiles_of(length) + ITEM_COST for length in lengths) / 33
     assert max(shares(lengths, [1] * 32, 33, device)) <= least + 3 * ITEM_COST
 
 
-def test_few_short_requests_get_one_part_a_program(device):
+def test_few_short_requests_get_one_split_a_program(device):
     work = shares([1024] * 8, [1] * 8, 33, device)
     assert sorted(work) == [0] + [2 + ITEM_COST] * 32
 
@@ -92,3 +103,10 @@ def test_requests_without_queries_cost_nothing(device):
     """A captured graph's padding."""
     work = shares([16384] * 4 + [0] * 60, [1] * 4 + [0] * 60, 33, device)
     assert max(work) == 16 + ITEM_COST
+
+
+def test_what_lies_before_the_first_token_costs_nothing(device):
+    """As of a sliding window: shares follow what is read."""
+    work = shares([16384] * 8, [1] * 8, 33, device, [16384 - 1024 - 5] * 8)
+    assert max(work) == 3 + ITEM_COST
+    shares([50, 700, 16384, 30], [1, 1, 2, 1], 33, device, [49, 0, 16383, 40])

@@ -204,6 +204,7 @@ def _keys_json(keys: KeyReport) -> dict[str, Any]:
                 "bias_norm": round(layer.bias_norm, 4),
                 "key_norm": None if math.isnan(layer.key_norm) else round(layer.key_norm, 4),
                 "pair_ratio": round(layer.pair_ratio, 4),
+                "query_pair_ratio": round(layer.query_pair_ratio, 4),
                 "hard": layer.hard,
             }
             for layer in keys.layers
@@ -224,11 +225,11 @@ def _keys_line(keys: KeyReport, shape: Shape, kv_cache_dtype: str) -> str:
             f"are lost, {MAX_BITS_LOST:g} would be told."
         )
     worst = max(layer.bits_lost for layer in keys.hard)
-    line = f"Warning: hard keys in {len(keys.hard)} of {layers} layers; codes lose up to {worst:.1f} bits. "
+    line = f"Warning: hard keys in {len(keys.hard)} of {layers} layers; codes lose up to {worst:.1f} bits.\n"
     if 2 * len(keys.hard) > layers:
         return line + (
-            "Too many to skip: serve with fp8, or measure polarquant_k8v4, which loses least, on your task "
-            "(polarquant-eval)."
+            "Too many to skip: serve with fp8, or measure polarquant_k8v4 on your task\n"
+            "(polarquant-eval), which loses least."
         )
     auto = shape.token_bytes("auto") * len(keys.hard) // layers
     mixed = auto + shape.token_bytes(kv_cache_dtype) * (layers - len(keys.hard)) // layers
@@ -429,7 +430,7 @@ def check(
     )
     if keys.layers:
         typer.echo(_keys_line(keys, shape, kv_cache_dtype))
-    for note in [*verdict.notes, *keys.notes]:
+    for note in verdict.notes:
         typer.echo(note)
     _show_capacity(rows, length)
     if kv_bytes is not None and weights is not None:
@@ -443,6 +444,8 @@ def check(
             "activations are subtracted."
         )
     _show_hard_layers(keys, show_all)
+    for note in keys.notes:
+        typer.echo(note)
 
 
 @app.command()

@@ -38,13 +38,10 @@ from vllm_polarquant.format import (
     HEAD_DIMS,
     MIN_FIT_GAIN,
     RADIUS_BYTES,
-    RADIUS_MAX,
-    RADIUS_MIN,
-    RADIUS_POWER,
     SCALAR_BITS,
     SEED,
     STATE_BITS,
-    PolarFormat,
+    Slot,
     UnsupportedFormat,
     VectorFormat,
 )
@@ -52,13 +49,24 @@ from vllm_polarquant.format import (
 _ENCODE_SCRATCH = 1 << 24
 
 
-@cache
-def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
-    """The orthogonal matrix R, float64 [d, d]; a vector is rotated by ``x @ R.T``.
+class Rotation(NamedTuple):
+    """The orthogonal matrix R = mixing @ diag(signs), by which a vector is rotated: ``x @ R.T``.
 
-    R = (H kron Q) diag(signs): H the Hadamard matrix of the largest power of two that divides d, Q a
-    seeded orthogonal matrix of the odd rest (1 for powers of two). Python's generator draws the numbers,
-    as its sequence is fixed by the language and not by a library's version.
+    mixing: H kron Q, float64 [d, d], orthogonal: H the Hadamard matrix of the largest power of two that
+        divides d, Q a seeded orthogonal matrix of the odd rest (1 for powers of two).
+    signs: float64 [d] of +-1.
+    """
+
+    mixing: torch.Tensor
+    signs: torch.Tensor
+
+
+@cache
+def rotation_parts(head_dim: int, seed: int = SEED) -> Rotation:
+    """The rotation of vectors of head_dim.
+
+    Python's generator draws the numbers, as its sequence is fixed by the language and not by a library's
+    version.
     """
     rng = random.Random(f"polarquant {head_dim} {seed}")
     odd = head_dim
@@ -71,7 +79,15 @@ def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
     normal = torch.tensor([[rng.gauss(0, 1) for _ in range(odd)] for _ in range(odd)], dtype=torch.float64)
     q, upper = torch.linalg.qr(normal)
     q = (q * upper.diagonal().sign()).contiguous()
-    return torch.kron(hadamard / math.sqrt(head_dim // odd), q) * signs
+    if odd == 1:
+        signs, q = signs * q[0, 0], q.abs()
+    return Rotation(torch.kron(hadamard / math.sqrt(head_dim // odd), q), signs)
+
+
+def rotation(head_dim: int, seed: int = SEED) -> torch.Tensor:
+    """The orthogonal matrix R, float64 [d, d]; a vector is rotated by ``x @ R.T``."""
+    mixing, signs = rotation_parts(head_dim, seed)
+    return mixing * signs
 
 
 @cache
@@ -103,17 +119,13 @@ def unpack(packed: torch.Tensor, pair_bits: int) -> torch.Tensor:
 
 
 def encode_radius(radius: torch.Tensor) -> torch.Tensor:
-    """Radii float32 >= 0 as float16 of the same shape; see RADIUS_POWER."""
-    plain = ((radius >= RADIUS_MIN) & (radius <= RADIUS_MAX)) | (radius == 0)
-    # The ninth power of a root that was rounded up must stay finite.
-    root = radius.clamp_max(3.38e38).pow(1 / RADIUS_POWER)
-    return torch.where(plain, radius, -root).half()
+    """Radii float32 >= 0 as bfloat16 of the same shape; none becomes infinite."""
+    return radius.clamp_max(torch.finfo(torch.bfloat16).max).bfloat16()
 
 
 def decode_radius(radius: torch.Tensor) -> torch.Tensor:
-    """The inverse of `encode_radius`, float32."""
-    radius = radius.float()
-    return torch.where(radius >= 0, radius, (-radius).pow(RADIUS_POWER))
+    """The inverse of `encode_radius`, float32; whatever the sign bit says."""
+    return radius.float().abs()
 
 
 def windows(codes: torch.Tensor, pair_bits: int) -> torch.Tensor:
@@ -163,13 +175,9 @@ def _encode_polar(
     d = y.shape[-1]
     norm = y.norm(dim=-1).clamp_min(1e-30)
     pairs = torch.stack((y * (math.sqrt(d) / norm)[..., None]).chunk(2, -1), -1)
-    if vector.kind == "scalar":
-        packed = scalar.search(pairs.transpose(-1, -2).flatten(-2))
-        decoded = torch.stack(scalar.values(packed).chunk(2, -1), -1)
-    else:
-        points = codebook(vector.pair_bits).to(y.device)
-        codes = viterbi(pairs.reshape(-1, d // 2, 2), points, vector.state_bits).view(pairs.shape[:-1])
-        decoded, packed = points[windows(codes, vector.pair_bits)], pack(codes, vector.pair_bits)
+    points = codebook(vector.pair_bits).to(y.device)
+    codes = viterbi(pairs.reshape(-1, d // 2, 2), points, vector.state_bits).view(pairs.shape[:-1])
+    decoded = points[windows(codes, vector.pair_bits)]
     length = decoded.square().sum((-1, -2)).sqrt()
     cos = (decoded * pairs).sum((-1, -2)) / (length * math.sqrt(d))
     gain = torch.ones_like(norm)
@@ -177,7 +185,20 @@ def _encode_polar(
         gain = cos.clamp_min(MIN_FIT_GAIN)
     elif vector.gain == "unbiased":
         gain = 1 / cos
-    return encode_radius(amax * (norm * gain / length)), packed
+    return encode_radius(amax * (norm * gain / length)), pack(codes, vector.pair_bits)
+
+
+def _encode_scaled(
+    y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of what is left over a stored radius, so that its rounding adds no error."""
+    fp8 = vector.kind == "fp8"
+    scale = y.abs().amax(-1) / FP8_MAX if fp8 else y.norm(dim=-1) / math.sqrt(y.shape[-1])
+    radius = encode_radius(amax * scale)
+    left = y * torch.where(radius > 0, amax / decode_radius(radius), 0.0)[..., None]
+    if not fp8:
+        return radius, scalar.search(left)
+    return radius, left.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,27 +214,32 @@ def by_largest(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(usable[..., None], x / torch.where(usable, amax, 1.0)[..., None], 0.0), amax
 
 
+def encode_rotated(
+    y: torch.Tensor, amax: torch.Tensor, vector: VectorFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store vectors amax * y that are rotated already: radii bfloat16 [...], codes uint8 [..., bytes].
+
+    y: float32 [..., d]. amax: float32 [...], finite; where it or y is 0, the zero vector is stored.
+    vector: of any kind but raw.
+    """
+    usable = (amax > 0) & (y != 0).any(-1)
+    encoder = _encode_polar if vector.kind == "polar" else _encode_scaled
+    radius, codes = encoder(y, amax, vector)
+    return torch.where(usable, radius, 0), torch.where(usable[..., None], codes, 0)
+
+
 def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[torch.Tensor, torch.Tensor]:
-    """Store vectors: x float [..., d] -> radii float16 [...], codes uint8 [..., vector.code_bytes(d)].
+    """Store vectors: x float [..., d] -> radii bfloat16 [...], codes uint8 [..., vector.code_bytes(d)].
 
     A vector that holds a NaN or an infinity is stored as the zero vector: its logit is 0, its value adds
     nothing, and no other token sees it. A raw vector is stored as it is, radius 1, whatever it holds.
     """
     if vector.kind == "raw":
-        return torch.ones(x.shape[:-1], dtype=torch.float16, device=x.device), x.contiguous().view(
+        return torch.ones(x.shape[:-1], dtype=torch.bfloat16, device=x.device), x.contiguous().view(
             torch.uint8
         )
     unit, amax = by_largest(x)
-    usable = amax > 0
-    y = unit @ rotation(x.shape[-1], seed).to(unit).T
-    if vector.kind != "fp8":
-        radius, codes = _encode_polar(y, amax, vector)
-    else:
-        radius = encode_radius(amax * (y.abs().amax(-1) / FP8_MAX))
-        # Codes are taken against the stored radius, so that its rounding adds no error.
-        scaled = y * (amax / decode_radius(radius).clamp_min(1e-38))[..., None]
-        codes = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    return torch.where(usable, radius, 0), torch.where(usable[..., None], codes, 0)
+    return encode_rotated(unit @ rotation(x.shape[-1], seed).to(unit).T, amax, vector)
 
 
 def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
@@ -270,7 +296,7 @@ class PolarQuant:
         self.code_bytes = self.vector.code_bytes(d)
 
     def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x float [..., d] -> r float16 [...], codes uint8 [..., d*bits/8]; float32 inside.
+        """x float [..., d] -> r bfloat16 [...], codes uint8 [..., d*bits/8]; float32 inside.
 
         A vector that holds a NaN or an infinity is stored as the zero vector.
 
@@ -282,7 +308,7 @@ class PolarQuant:
         return encode(x, self.vector, self.seed)
 
     def decompress(self, r: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """r float16 [...], codes uint8 [..., d*bits/8] -> x_hat float32 [..., d].
+        """r bfloat16 [...], codes uint8 [..., d*bits/8] -> x_hat float32 [..., d].
 
         Raises:
             ValueError: if the shapes or dtypes are not those that `compress` returns.
@@ -326,14 +352,24 @@ def search_cells(pair_bits: int) -> torch.Tensor:
 class Tables(NamedTuple):
     """The codec's constants on a device, as kernels take them.
 
-    rotation: R, float32 [d, d]; the identity for raw vectors.
+    A key of kv head h is stored as the codes of ``(k * key_factors[h]) @ mixing.T``, and a query that reads
+    it becomes ``(q * query_factors[h]) @ mixing.T``; values likewise with value_factors, and outputs
+    ``(o @ mixing) * output_factors``. Keys' and queries' factors multiply to 1, as do values' and outputs'.
+
+    mixing: float32 [d, d], orthogonal: of the codec's rotation, or the identity for raw vectors.
+    key_factors, query_factors: float32 [1 or kv heads, d].
+    value_factors, output_factors: float32 [1, d].
     key_points, value_points: float32 [n, 2], the codebooks; [1, 2] of zeros where unused.
     key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
         and y in the high half, so that one load brings both coordinates of a pair.
     key_cells, value_cells: int32 [cells, states], the encoders' search_cells; [1, 1] of zeros where unused.
     """
 
-    rotation: torch.Tensor
+    mixing: torch.Tensor
+    key_factors: torch.Tensor
+    query_factors: torch.Tensor
+    value_factors: torch.Tensor
+    output_factors: torch.Tensor
     key_points: torch.Tensor
     value_points: torch.Tensor
     key_lut: torch.Tensor
@@ -342,17 +378,23 @@ class Tables(NamedTuple):
     value_cells: torch.Tensor
 
 
-@cache
-def tables(fmt: PolarFormat, dtype: torch.dtype, device: torch.device) -> Tables:
-    """Constants of a format for a model of `dtype` (bfloat16 or float16) on `device`, built once."""
+def tables(slot: Slot, dtype: torch.dtype, device: torch.device) -> Tables:
+    """Constants of a slot for a model of `dtype` (bfloat16 or float16), new tensors on `device`."""
+    polar = [vector.kind == "polar" for vector in (slot.key, slot.value)]
     points = [
-        codebook(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 2, dtype=torch.float32)
-        for vector in (fmt.key, fmt.value)
+        codebook(vector.pair_bits) if some else torch.zeros(1, 2)
+        for vector, some in zip((slot.key, slot.value), polar, strict=True)
     ]
     luts = [p.to(dtype).contiguous().view(torch.int32).flatten() for p in points]
     cells = [
-        search_cells(vector.pair_bits) if vector.kind == "polar" else torch.zeros(1, 1, dtype=torch.int32)
-        for vector in (fmt.key, fmt.value)
+        search_cells(vector.pair_bits) if some else torch.zeros(1, 1, dtype=torch.int32)
+        for vector, some in zip((slot.key, slot.value), polar, strict=True)
     ]
-    rotate = rotation(fmt.head_dim) if fmt.key.rotated else torch.eye(fmt.head_dim, dtype=torch.float32)
-    return Tables(*(t.to(device) for t in (rotate.float().contiguous(), *points, *luts, *cells)))
+    mixing, signs = (
+        rotation_parts(slot.head_dim)
+        if slot.key.rotated
+        else (torch.eye(slot.head_dim), torch.ones(slot.head_dim))
+    )
+    factors = [signs.float()[None]] * 4
+    parts = (mixing.float().contiguous(), *factors, *points, *luts, *cells)
+    return Tables(*(part.to(device, copy=True) for part in parts))

@@ -138,8 +138,10 @@ def _stand_in() -> Any:
     from vllm_polarquant.compat import BACKEND_NAME
     from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
 
-    names = ("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window")
-    names += ("kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name")
+    names = (
+        *("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"),
+        *("kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name"),
+    )
 
     class Impl(AttentionImpl[Any]):
         supports_quant_query_input = False

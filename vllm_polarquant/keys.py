@@ -69,7 +69,8 @@ class HardKeys:
     excess: noise power on the logits, relative to the least for the same logits.
     bias_norm, key_norm: lengths of the constant part of a key and, root mean square, of the rest; the
         latter is nan where it is not known.
-    pair_ratio: the largest channel pair's root-mean-square size to the median one's, without the bias.
+    pair_ratio, query_pair_ratio: the largest channel pair's root-mean-square size to the median one's, of
+        keys, without the bias, and of queries.
     """
 
     layer: int
@@ -79,6 +80,7 @@ class HardKeys:
     bias_norm: float
     key_norm: float
     pair_ratio: float
+    query_pair_ratio: float
 
     @property
     def bits_lost(self) -> float:
@@ -241,6 +243,10 @@ class _Layer:
         return self.checkpoint.slice(name)[:].float() + self.model_type.startswith("gemma")
 
 
+def _unevenness(power: Tensor) -> float:
+    return math.sqrt(float(power.max() / power.median().clamp(min=1e-30)))
+
+
 def _judge_head(layer: _Layer, index: int, kv_head: int) -> HardKeys:
     import torch
 
@@ -280,7 +286,8 @@ def _judge_head(layer: _Layer, index: int, kv_head: int) -> HardKeys:
         excess=uneven * biased,
         bias_norm=math.sqrt(extra),
         key_norm=math.sqrt(keys) if known else math.nan,
-        pair_ratio=math.sqrt(float(pairs["k"].max() / pairs["k"].median().clamp(min=1e-30))),
+        pair_ratio=_unevenness(pairs["k"]),
+        query_pair_ratio=_unevenness(pairs["q"]),
     )
 
 

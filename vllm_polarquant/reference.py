@@ -10,8 +10,29 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import decode, encode
-from vllm_polarquant.format import RADIUS_STRIDE, PolarFormat, dense_block_stride
+from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE, Page, dense_block_stride
+
+
+class Order(NamedTuple):
+    """Where the bytes of 16 tokens' codes lie, from the first byte of the 16 on.
+
+    key: int64 [16, key_bytes]. value: int64 [16, value_bytes].
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def rows(page: Page) -> Order:
+    """Token after token, as on a CPU."""
+    return Order(
+        *(
+            torch.arange(BLOCK_SIZE_MULTIPLE * size).view(BLOCK_SIZE_MULTIPLE, size)
+            for size in (page.slot.key_bytes, page.slot.value_bytes)
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,12 @@ class Codes:
     places: torch.Tensor
 
     @classmethod
-    def of(cls, region: torch.Tensor, chunk: tuple[tuple[int, ...], ...]) -> Codes:
-        """chunk: PolarFormat.key_places or value_places."""
-        places = torch.tensor(chunk, device=region.device)
-        chunks = region.shape[-1] // places.numel()
-        starts = torch.arange(chunks, device=region.device) * places.numel()
-        return cls(region, (starts[:, None, None] + places).flatten(0, 1))
+    def of(cls, region: torch.Tensor, order: torch.Tensor) -> Codes:
+        """order: Order.key or value."""
+        order = order.to(region.device)
+        chunks = region.shape[-1] // order.numel()
+        starts = torch.arange(chunks, device=region.device) * order.numel()
+        return cls(region, (starts[:, None, None] + order).flatten(0, 1))
 
     def _bytes(self, index: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         blocks, heads, _ = self.region.shape
@@ -51,7 +72,7 @@ class PageViews(NamedTuple):
     """Views of a cache, B blocks, H kv heads, N tokens a block; writing to them writes pages.
 
     key_codes as uint8 [B, H, N, key_bytes], value_codes as uint8 [B, H, N, value_bytes],
-    key_radius and value_radius float16 [B, H, N].
+    key_radius and value_radius bfloat16 [B, H, N].
     """
 
     key_codes: Codes
@@ -60,26 +81,26 @@ class PageViews(NamedTuple):
     value_radius: torch.Tensor
 
 
-def page_views(cache: torch.Tensor, fmt: PolarFormat) -> PageViews:
-    """Split a cache uint8 [B, H, N, slot_bytes] into its regions without copying.
+def page_views(cache: torch.Tensor, page: Page, order: Order) -> PageViews:
+    """Split a cache uint8 [B, H, N, slot.nbytes] into its regions without copying.
 
-    The cache may have any strides in which one block's H * N * slot_bytes bytes lie side by side; the
+    The cache may have any strides in which one block's H * N * slot.nbytes bytes lie side by side; the
     order of H and N inside makes no difference to where a page is.
 
     Raises:
-        ValueError: if the shape or dtype is not the format's or a block is not dense.
+        ValueError: if the shape or dtype is not the page's or a block is not dense.
     """
-    block_stride = dense_block_stride(cache, fmt)
+    block_stride = dense_block_stride(cache, page)
     blocks, heads, tokens, _ = cache.shape
-    pages = cache.as_strided((blocks, heads, fmt.page_bytes), (block_stride, fmt.page_bytes, 1))
+    pages = cache.as_strided((blocks, heads, page.nbytes), (block_stride, page.nbytes, 1))
 
     def region(start: int, width: int) -> torch.Tensor:
         return pages[..., start : start + tokens * width]
 
-    radii = region(fmt.key_radius_offset, RADIUS_STRIDE).view(torch.float16).unflatten(-1, (tokens, 2))
+    radii = region(page.key_radius_offset, RADIUS_STRIDE).view(torch.bfloat16).unflatten(-1, (tokens, 2))
     return PageViews(
-        Codes.of(region(0, fmt.key_bytes), fmt.key_places),
-        Codes.of(region(fmt.value_offset, fmt.value_bytes), fmt.value_places),
+        Codes.of(region(0, page.slot.key_bytes), order.key),
+        Codes.of(region(page.value_offset, page.slot.value_bytes), order.value),
         radii[..., 0],
         radii[..., 1],
     )
@@ -90,16 +111,17 @@ def store_kv(
     value: torch.Tensor,
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    fmt: PolarFormat,
+    page: Page,
+    order: Order,
 ) -> None:
     """Write key and value [T, H, d] to the slots of slot_mapping int64 [T]; slots < 0 are dropped."""
-    views = page_views(cache, fmt)
+    views = page_views(cache, page, order)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
-    block, token = slots // fmt.block_size, slots % fmt.block_size
+    block, token = slots // page.block_size, slots % page.block_size
     for x, vector, codes_view, radius_view in (
-        (key, fmt.key, views.key_codes, views.key_radius),
-        (value, fmt.value, views.value_codes, views.value_radius),
+        (key, page.slot.key, views.key_codes, views.key_radius),
+        (value, page.slot.value, views.value_codes, views.value_radius),
     ):
         radius, codes = encode(x[: len(kept)][kept], vector)
         codes_view[block, :, token] = codes
@@ -107,17 +129,71 @@ def store_kv(
 
 
 def read_kv(
-    cache: torch.Tensor, block_table: torch.Tensor, length: int, fmt: PolarFormat, dtype: torch.dtype
+    cache: torch.Tensor,
+    block_table: torch.Tensor,
+    length: int,
+    page: Page,
+    order: Order,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float32 [length, H, d]."""
-    views = page_views(cache, fmt)
+    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float32 [length, H, d].
+
+    dtype: the model's, in which raw vectors are stored.
+    """
+    views = page_views(cache, page, order)
+    slot = page.slot
     position = torch.arange(length, device=cache.device)
-    block = block_table[position // fmt.block_size].long()
-    token = position % fmt.block_size
+    block = block_table[position // page.block_size].long()
+    token = position % page.block_size
     return (
-        decode(views.key_radius[block, :, token], views.key_codes[block, :, token], fmt.key, dtype),
-        decode(views.value_radius[block, :, token], views.value_codes[block, :, token], fmt.value, dtype),
+        decode(views.key_radius[block, :, token], views.key_codes[block, :, token], slot.key, dtype),
+        decode(views.value_radius[block, :, token], views.value_codes[block, :, token], slot.value, dtype),
     )
+
+
+class Attended(NamedTuple):
+    """out float64 [T, num_heads, d]; lse float64 [num_heads, T], the natural logarithm of the sum of exp."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor,
+    attention: Attention,
+    start: int = 0,
+) -> Attended:
+    """Attention in float64 of one request's queries on its keys.
+
+    Args:
+        query: [n, num_heads, d].
+        key, value: [length, kv heads, d], of positions 0 .. length - 1.
+        position: int64 [n], of each query: it sees keys up to its own, or the last `window` of those.
+        attention: scale, window, soft cap and sinks.
+        start: the first position that any query sees.
+
+    Returns:
+        Outputs, zeros where a query sees nothing; log-sum-exps, in which sinks take part.
+    """
+    group = query.shape[1] // key.shape[1]
+    keys = key.double().repeat_interleave(group, 1)
+    logits = torch.einsum("qhd,khd->hqk", query.double(), keys) * attention.scale
+    if attention.soft_cap is not None:
+        logits = attention.soft_cap * (logits / attention.soft_cap).tanh()
+    token = torch.arange(len(key), device=query.device)
+    visible = (token <= position[:, None]) & (token >= start)
+    if attention.window is not None:
+        visible &= token > position[:, None] - attention.window
+    logits = logits.masked_fill(~visible, float("-inf"))
+    lse = logits.logsumexp(-1)
+    if attention.sinks is not None:
+        lse = torch.logaddexp(lse, attention.sinks.double()[:, None])
+    weights = torch.where(visible, (logits - lse[..., None]).exp(), 0.0)
+    values = value.double().repeat_interleave(group, 1)
+    return Attended(torch.einsum("hqk,khd->qhd", weights, values), lse)
 
 
 def attention(
@@ -126,36 +202,37 @@ def attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
-    fmt: PolarFormat,
-    scale: float,
-) -> torch.Tensor:
+    page: Page,
+    order: Order,
+    attention: Attention,
+    starts: torch.Tensor | None = None,
+) -> Attended:
     """Causal paged attention in float64.
 
     Args:
         query: [T, num_heads, d], the requests' tokens one after the other.
-        cache: uint8 [B, H, N, slot_bytes]; the queries' own tokens are already in it.
+        cache: uint8 [B, H, N, slot.nbytes]; the queries' own tokens are already in it.
         block_table: int32 [R, max_blocks].
         seq_lens: int32 [R], tokens of each request, its queries included; 0 for a padded row.
         query_start_loc: int32 [R + 1].
-        scale: softmax scale.
+        page: of the cache.
+        order: of the bytes of its codes.
+        attention: scale, window, soft cap and sinks.
+        starts: int32 [R], the first position of each request that its queries see; None for 0.
 
     Returns:
-        float64 [T, num_heads, d]; rows of no request are zero.
+        out and lse; rows of no request are zero and -inf.
     """
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
-    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
-    for request, length in enumerate(lens):
-        rows = slice(starts[request], starts[request + 1])
-        count = rows.stop - rows.start
+    lse = torch.full(query.shape[1::-1], float("-inf"), dtype=torch.float64, device=query.device)
+    firsts = [0] * len(seq_lens) if starts is None else starts.tolist()
+    ends = query_start_loc.tolist()
+    for request, (length, first) in enumerate(zip(seq_lens.tolist(), firsts, strict=True)):
+        mine = slice(ends[request], ends[request + 1])
+        count = mine.stop - mine.start
         if not count or not length:
             continue
-        key, value = read_kv(cache, block_table[request], length, fmt, query.dtype)
-        group = query.shape[1] // key.shape[1]
-        key = key.double().repeat_interleave(group, 1)
-        value = value.double().repeat_interleave(group, 1)
-        logits = torch.einsum("qhd,khd->hqk", query[rows].double(), key) * scale
-        position = torch.arange(length, device=query.device)
-        visible = position[None, :] <= position[length - count :, None]
-        logits = logits.masked_fill(~visible, float("-inf"))
-        out[rows] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), value)
-    return out
+        key, value = read_kv(cache, block_table[request], length, page, order, query.dtype)
+        position = torch.arange(length - count, length, device=query.device)
+        out[mine], lse[:, mine] = dense_attention(query[mine], key, value, position, attention, first)
+    return Attended(out, lse)

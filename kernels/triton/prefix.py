@@ -19,8 +19,9 @@ def workspace_tokens(num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> in
 class Segment:
     """Prefix tokens that fit the workspace at once, of requests first .. last - 1 of the prefills.
 
-    rows: their query tokens in the batch. query_start_loc and key_start_loc: int32 [last - first + 1],
-    from 0. start: int32 [last - first], the first prefix position of each request in this segment.
+    rows: their query tokens among those of the prefills. query_start_loc and key_start_loc: int32
+    [last - first + 1], from 0. start: int32 [last - first], the first prefix position of each request in this
+    segment.
     """
 
     first: int
@@ -35,7 +36,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class PrefillPlan:
+class PrefixPlan:
     """query_start_loc int32 [prefills + 1], from 0, and the prefix in segments."""
 
     query_start_loc: torch.Tensor
@@ -63,7 +64,7 @@ def reads_like_decodes(
     )
 
 
-def plan_prefix(context_lens: np.ndarray, capacity: int) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+def cut_prefixes(context_lens: np.ndarray, capacity: int) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """Cut the prefixes, laid end to end, into segments of `capacity` tokens.
 
     Returns (first, last, start, lens) a segment: positions start .. start + lens of requests
@@ -81,9 +82,9 @@ def plan_prefix(context_lens: np.ndarray, capacity: int) -> list[tuple[int, int,
     return segments
 
 
-def plan_prefill(
+def plan_prefixes(
     query_start_loc: np.ndarray, context_lens: np.ndarray, capacity: int, device: torch.device
-) -> PrefillPlan:
+) -> PrefixPlan:
     """Plan the prefills of a batch; one copy, which nobody waits for, carries its small arrays over.
 
     Args:
@@ -93,7 +94,7 @@ def plan_prefill(
         device: of the plan's tensors.
     """
     relative = query_start_loc - query_start_loc[0]
-    cuts = plan_prefix(context_lens.astype(np.int64), capacity)
+    cuts = cut_prefixes(context_lens.astype(np.int64), capacity)
     parts: list[np.ndarray] = [relative]
     for first, last, start, lens in cuts:
         parts += [
@@ -111,7 +112,7 @@ def plan_prefill(
             Segment(
                 first=first,
                 last=last,
-                rows=slice(int(query_start_loc[first]), int(query_start_loc[last])),
+                rows=slice(int(relative[first]), int(relative[last])),
                 query_start_loc=arrays[3 * i + 1],
                 key_start_loc=arrays[3 * i + 2],
                 start=arrays[3 * i + 3],
@@ -120,4 +121,4 @@ def plan_prefill(
                 max_key_len=int(lens.max()),
             )
         )
-    return PrefillPlan(arrays[0], int(np.diff(relative).max()), tuple(segments))
+    return PrefixPlan(arrays[0], int(np.diff(relative).max()), tuple(segments))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_polarquant.kernels.page import INTERPRET
+from vllm_polarquant.kernels.triton.constants import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -96,6 +96,47 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
             pack=1,
         )
     return words
+
+
+@triton.constexpr_function
+def _store_asm(count, vector):
+    """PTX that stores `count` words, $3 and on, to [$1] and on, `vector` at a time, where $2 is not 0."""
+    lines = ["{.reg .pred kept;\nsetp.ne.b32 kept, $2, 0;"]
+    for first in range(0, count, vector):
+        words = ", ".join(f"${3 + first + i}" for i in range(vector))
+        width = f".v{vector}" if vector > 1 else ""
+        operand = f"{{{words}}}" if vector > 1 else words
+        lines.append(f"@kept st.global{width}.b32 [$1 + {4 * first}], {operand};")
+    return "\n".join([*lines, "mov.u32 $0, 0;\n}"])
+
+
+@triton.constexpr_function
+def _inputs(kind, count):
+    return f",{kind}" * count
+
+
+@triton.jit
+def store_words(pointers, words, kept, ALIGN: tl.constexpr):
+    """Store a tuple of 32-bit words, uint32, from each thread's pointer on, where `kept`.
+
+    ALIGN: bytes that every pointer is a multiple of, at least 4.
+    """
+    COUNT: tl.constexpr = len(words)
+    if _INTERPRET:
+        for i in tl.static_range(COUNT):
+            tl.store(pointers.to(tl.pointer_type(tl.uint32)) + i, words[i], mask=kept)
+    else:
+        VECTOR: tl.constexpr = (
+            4 if COUNT % 4 == 0 and ALIGN >= 16 else (2 if COUNT % 2 == 0 and ALIGN >= 8 else 1)
+        )
+        tl.inline_asm_elementwise(
+            _store_asm(COUNT, VECTOR),
+            "=r,l,r" + _inputs("r", COUNT),
+            (pointers.to(tl.int64), kept.to(tl.int32)) + words,
+            dtype=tl.uint32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

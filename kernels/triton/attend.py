@@ -1,0 +1,346 @@
+"""A program's reading loop of decode attention: what its queries see of a run of chunks of 16 tokens.
+
+Written lane by lane (lanes.py). Scores are products of unit-radius points, the left operand, with rotated
+queries, so a key costs a table lookup a pair and one multiplication by its radius; the values' radii go into
+the weights, which one transpose of a small matrix brings to the lanes that add values up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_polarquant.kernels.triton.constants import RAW
+from vllm_polarquant.kernels.triton.lanes import (
+    follow_maximum,
+    for_maximum,
+    hadamard,
+    load_words,
+    mma,
+    pack_halves,
+    place_half,
+    shuffle_int,
+    transpose_halves,
+    unpack_halves,
+)
+from vllm_polarquant.kernels.triton.launch import table_layout
+from vllm_polarquant.kernels.triton.page_io import (
+    RADIUS_STRIDE,
+    link,
+    load_share,
+    page_pointer,
+    point,
+    radii,
+)
+
+_MARGIN = tl.constexpr(8.0)
+"""Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
+
+
+@triton.jit
+def _fetch(page, slot, group, member, PAGE: tl.constexpr):
+    """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8."""
+    KEYS: tl.constexpr = PAGE.keys
+    VALUES: tl.constexpr = PAGE.values
+    both_radii = page + KEYS.radius_offset + (slot + group) * RADIUS_STRIDE
+    return (
+        load_share(page, slot, group, member, KEYS),
+        load_share(page, slot, group, member, VALUES),
+        load_words(both_radii, 1, 4) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4),
+    )
+
+
+@triton.jit
+def _inside(token, first_seen, end, FROM_START: tl.constexpr):
+    """Whether first_seen <= token < end; of the first only, if FROM_START."""
+    if FROM_START:
+        return token < end
+    else:
+        return (token < end) & (token >= first_seen)
+
+
+@triton.jit
+def _attend(
+    fetched,
+    query,
+    state,
+    limits,
+    token,
+    first_seen,
+    scale_log2,
+    key_lut,
+    value_lut,
+    lane,
+    SETS: tl.constexpr,
+    MASKED: tl.constexpr,
+    FROM_START: tl.constexpr,
+    PAGE: tl.constexpr,
+    COPIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Let a warp's queries see 16 more tokens.
+
+    query: the right operands of `mma`, two words a step; column 2t is query t, column 2t + 1 that of the
+    second set of four, if there is one.
+    state: for each set the largest logit so far of query t, the sum of its weights that this lane has seen,
+    and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
+    limits: for each set the position before which query t may see tokens, then that before which tokens are
+    stored.
+    token: position of the first of the 16. first_seen: the first position that is seen, unless FROM_START.
+    """
+    KEYS: tl.constexpr = PAGE.keys
+    VALUES: tl.constexpr = PAGE.values
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
+    peaks, totals, outs = state
+    keys, values, stored = fetched
+    radius = radii(stored)
+    key_token = token + lane // 4
+    zero = tl.zeros(lane.shape, tl.float32)
+    # Two sums: a product waits for the one before it.
+    even = (zero, zero, zero, zero)
+    odd = even
+    before = link(keys, lane, KEYS)
+    for step in tl.static_range(PAGE.head_dim // 16):
+        left = ()
+        for i in tl.static_range(4):
+            left = left + (
+                point(keys, before, i % 2, 2 * step + i // 2, KEYS, key_lut, PLACES[0], COPIES, lane, DTYPE),
+            )
+        if step % 2 == 0:
+            even = mma(even, left, query[2 * step : 2 * step + 2], DTYPE)
+        else:
+            odd = mma(odd, left, query[2 * step : 2 * step + 2], DTYPE)
+
+    new_peaks = ()
+    new_totals = ()
+    new_outs = ()
+    weights = ()
+    for k in tl.static_range(SETS):
+        scores = ()
+        for half in tl.static_range(2):
+            score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
+            if MASKED:
+                seen = _inside(key_token + 8 * half, first_seen, limits[k], FROM_START)
+                score = tl.where(seen, score, float("-inf"))
+            scores = scores + (score,)
+        if tl.float16 == DTYPE:
+            # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten slots
+            # may hold any radius, so their heights are -inf or NaN.
+            heights = ()
+            for half in tl.static_range(2):
+                height = scores[half] + tl.maximum(tl.log2(radius[2 * half + 1]), -60.0)
+                heights = heights + (for_maximum(height),)
+        else:
+            heights = scores
+        top = tl.maximum(heights[0], heights[1])
+        scaled, total, peak = follow_maximum(
+            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, _MARGIN
+        )
+        shift = peak
+        if MASKED:
+            # A row that has seen nothing yet would subtract infinities.
+            shift = tl.where(peak == float("-inf"), 0.0, peak)
+        for half in tl.static_range(2):
+            weight = tl.exp2(scores[half] - shift)
+            total += weight
+            value_radius = radius[2 * half + 1]
+            if MASKED:
+                known = _inside(key_token + 8 * half, first_seen, limits[SETS], FROM_START)
+                value_radius = tl.where(known, value_radius, 0.0)
+            scaled_weight = weight * value_radius
+            # From a token's lanes to a query's. Even columns weigh the xs of pairs, odd ones the ys.
+            both = transpose_halves(pack_halves(scaled_weight, scaled_weight, DTYPE))
+            weights = weights + (
+                place_half(both, 0, (lane & 4) != 0),
+                place_half(both, 1, (lane & 4) != 0),
+            )
+        new_peaks = new_peaks + (peak,)
+        new_totals = new_totals + (total,)
+        new_outs = new_outs + scaled
+
+    before = link(values, lane, VALUES)
+    for half in tl.static_range(2):
+        outs = new_outs
+        new_outs = ()
+        a = ()
+        for i in tl.static_range(4 * TILES):
+            both = point(
+                values, before, 2 * half + i % 2, i // 2, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE
+            )
+            if MASKED and VALUES.code == RAW:
+                # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
+                own_token = token + 2 * (lane % 4) + (8 * half + i % 2)
+                both = tl.where(_inside(own_token, first_seen, limits[SETS], FROM_START), both, 0)
+            a = a + (both,)
+        for k in tl.static_range(SETS):
+            b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
+            for i in tl.static_range(TILES):
+                # Rows g and g + 8 are two pairs, columns the coordinates of two tokens.
+                left = (a[4 * i], a[4 * i + 2], a[4 * i + 1], a[4 * i + 3])
+                new_outs = new_outs + (mma(outs[k * TILES + i], left, b, DTYPE),)
+    return (new_peaks, new_totals, new_outs)
+
+
+@triton.jit
+def load_factors(factors, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Factors of dims first .. + COUNT - 1 and of those HEAD_DIM / 2 further on, float32, as a tuple.
+
+    They come with 1 / sqrt(HEAD_DIM), which makes the matrix of +-1 that `lanes.hadamard` applies orthogonal.
+    """
+    NORM: tl.constexpr = HEAD_DIM**-0.5
+    words = load_words(factors + first, COUNT, 16) + load_words(factors + (first + HEAD_DIM // 2), COUNT, 16)
+    scaled = ()
+    for i in tl.static_range(2 * COUNT):
+        scaled = scaled + (words[i].to(tl.float32, bitcast=True) * NORM,)
+    return scaled
+
+
+@triton.jit
+def _load_queries(
+    query, factors, active, member, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Words (x, y) of each thread's quarter of its query's pairs, rotated, in the order of keys' pairs.
+
+    query: each thread's row of d elements. factors: of their kv head.
+    """
+    PAIRS: tl.constexpr = HEAD_DIM // 8
+    halves = query.to(tl.pointer_type(tl.uint32)) + member * (PAIRS // 2)
+    xs = ()
+    ys = ()
+    for i in tl.static_range(PAIRS // 2):
+        xs = xs + (tl.load(halves + i, mask=active, other=0),)
+        ys = ys + (tl.load(halves + HEAD_DIM // 4 + i, mask=active, other=0),)
+    words = ()
+    if ROTATE:
+        scaled = load_factors(factors, member * PAIRS, PAIRS, HEAD_DIM)
+        values = ()
+        for word in tl.static_range(PAIRS):
+            low, high = unpack_halves((xs + ys)[word], DTYPE)
+            values = values + (low * scaled[2 * word], high * scaled[2 * word + 1])
+        values = hadamard(values, lane, 1, 2)
+        for i in tl.static_range(PAIRS):
+            words = words + (pack_halves(values[i], values[PAIRS + i], DTYPE),)
+    else:
+        for i in tl.static_range(PAIRS // 2):
+            x, y = xs[i], ys[i]
+            words = words + ((x & 0xFFFF) | (y << 16), (x >> 16) | (y & 0xFFFF0000))
+    return words
+
+
+@triton.jit
+def row_index(first_token, row, kv_head, GROUP: tl.constexpr):
+    """Where the request's row, a query head of one of its queries, stands among [tokens, num_heads]."""
+    token = (first_token + row // GROUP).to(tl.int64)
+    return token, kv_head * GROUP + row % GROUP
+
+
+@triton.jit
+def _blocks(table, chunk, tile, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Each lane's block number: where its warp, now at `chunk`, will be `tile` + lane tiles from now."""
+    there = tl.minimum(chunk + (tile + lane) * WARPS, last) * 16
+    return tl.load(table + there // BLOCK_SIZE)
+
+
+@triton.jit
+def read(
+    thread,
+    query,
+    query_stride_token,
+    query_stride_head,
+    query_factors,
+    cache,
+    block_stride,
+    table,
+    seq_len,
+    first_seen,
+    first_token,
+    count,
+    first_row,
+    start,
+    end,
+    kv_head,
+    key_lut,
+    value_lut,
+    scale_log2,
+    GROUP: tl.constexpr,
+    SETS: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROTATE: tl.constexpr,
+    FROM_START: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
+
+    table: the request's row of the block table. first_seen: the first position that is seen, 0 if FROM_START.
+    first_token, count: the request's queries. first_row: the first of the rows that this program takes.
+    """
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    WARPS: tl.constexpr = thread.shape[0] // 32
+    TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
+    lane = thread % 32
+    group = lane // 4
+    member = lane % 4
+    zero = tl.zeros([WARPS * 32], tl.float32)
+    peaks = ()
+    totals = ()
+    outs = ()
+    for _ in tl.static_range(SETS):
+        peaks = peaks + (zero - float("inf"),)
+        totals = totals + (zero,)
+        for _ in tl.static_range(TILES):
+            outs = outs + ((zero, zero, zero, zero),)
+    state = (peaks, totals, outs)
+    warp = thread // 32
+    last = end - 1
+    total_tiles = tl.cdiv(end - start, WARPS)
+    # Every row sees all of the tiles from `head` to `whole`; in others, and where other warps have a chunk
+    # more, there are tokens to mask.
+    whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
+    head = 0
+    if not FROM_START:
+        head = tl.where(start * 16 < first_seen, 1, 0)
+    # The first page is asked for before the queries, so that they wait together.
+    here = tl.minimum(start + warp, last) * 16
+    block = tl.load(table + here // PAGE.block_size)
+    # A page waits for its number: each lane loads that of another tile, long before.
+    coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, PAGE.block_size)
+    page = page_pointer(cache, block, kv_head, block_stride, PAGE)
+    fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    column = group // 2
+    if SETS == 2:
+        column += 4 * (group % 2)
+    own = first_row + column
+    own_token, own_head = row_index(first_token, own, kv_head, GROUP)
+    source = query + own_token * query_stride_token + own_head * query_stride_head
+    operands = _load_queries(
+        source, query_factors, own < count * GROUP, member, lane, ROTATE, PAGE.head_dim, DTYPE
+    )
+    limits = ()
+    for k in tl.static_range(SETS):
+        row = first_row + 4 * k + member
+        limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
+    limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
+    tl.debug_barrier()
+
+    for first in tl.range(0, total_tiles, 32):
+        blocks = coming_blocks
+        coming_blocks = _blocks(table, start + warp, first + 33, lane, last, WARPS, PAGE.block_size)
+        for PHASE in tl.static_range(1 if FROM_START else 0, 3):
+            begin = tl.maximum(first, 0 if PHASE == 0 else (head if PHASE == 1 else tl.maximum(whole, head)))
+            stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
+            for tile in tl.range(begin, stop):
+                chunk = start + warp + tile * WARPS
+                block = shuffle_int(blocks, tile - first)
+                page = page_pointer(cache, block, kv_head, block_stride, PAGE)
+                there = tl.minimum(chunk + WARPS, last) * 16
+                coming = _fetch(page, there % PAGE.block_size, group, member, PAGE)
+                bounds = ()
+                for k in tl.static_range(SETS + 1):
+                    bounds = bounds + (tl.where(chunk < end, limits[k], 0),)
+                state = _attend(
+                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, key_lut,
+                    value_lut, lane, SETS, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
+                )  # fmt: skip
+                fetched = coming
+    return state

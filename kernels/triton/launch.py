@@ -1,0 +1,150 @@
+"""Launch parameters: what a GPU is, what was measured on it, and how many decode programs it runs.
+
+configs/default.json holds what is safe everywhere, configs/sm<compute capability>.json what was measured on a
+generation, and configs/<device name>.json what one GPU takes otherwise. Each maps an operation to entries, of
+which the most specific wins: ``<preset>-d<head_dim>``, ``<preset>``, ``d<head_dim>``, ``*``. An entry need
+only name what differs from the less specific ones. Nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import torch
+import triton
+
+from vllm_polarquant.format import Slot
+from vllm_polarquant.kernels.triton.constants import table_entries, vector_code
+from vllm_polarquant.kernels.triton.lanes import DYNAMIC
+
+Config = dict[str, int]
+
+_STATIC_TABLES = 40 << 10
+"""Bytes of tables that lie in static shared memory; of more, the keys' table goes to dynamic memory."""
+
+_ALL_COPIES = 160 << 10
+"""Shared memory of an SM from which on each lane has its own copy of a table; else two lanes share."""
+
+_REGISTERS = 65536
+"""Registers of an SM, of every GPU that Triton compiles for."""
+
+MAX_PROGRAMS_PER_SM = 4
+"""Programs of decode attention at most that an SM runs at once; the workspace has room for them."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What launches depend on.
+
+    name: as in configs/, without spaces. capability: 90 for compute capability 9.0. shared_bytes: shared
+    memory of an SM.
+    """
+
+    name: str
+    capability: int
+    num_sms: int
+    shared_bytes: int
+
+    @classmethod
+    @cache
+    def of(cls, device: torch.device) -> Gpu:
+        """The GPU behind a device; an H200 where it is none, as under the interpreter."""
+        if device.type != "cuda":
+            return cls("NVIDIA_H200", 90, 132, 228 << 10)
+        found = torch.cuda.get_device_properties(device)
+        return cls(
+            found.name.replace(" ", "_").replace("/", "_"),
+            10 * found.major + found.minor,
+            found.multi_processor_count,
+            found.shared_memory_per_multiprocessor,
+        )
+
+    @property
+    def table_copies(self) -> int:
+        """How often a table lies in shared memory: 32 times, once a lane, where there is room, or 16."""
+        return 32 if self.shared_bytes >= _ALL_COPIES else 16
+
+
+def _load(name: str) -> dict[str, dict[str, Config]]:
+    path = files("vllm_polarquant.kernels.triton") / "configs" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+@cache
+def config(op: str, slot: Slot, gpu: Gpu) -> Config:
+    """Parameters of `op` for one slot on one GPU; see the module's docstring.
+
+    Raises:
+        KeyError: for an unknown op.
+    """
+    return resolve(op, slot, _load("default"), _load(f"sm{gpu.capability}"), _load(gpu.name))
+
+
+def resolve(op: str, slot: Slot, *sources: dict[str, dict[str, Config]]) -> Config:
+    """Merge the entries of `sources` that apply to a slot, later and more specific ones last."""
+    dim = f"d{slot.head_dim}"
+    merged: Config = {}
+    for source in sources:
+        for name in ("*", dim, slot.preset, f"{slot.preset}-{dim}"):
+            merged.update(source.get(op, {}).get(name, {}))
+    if not merged:
+        raise KeyError(f"no launch parameters for {op!r}")
+    return merged
+
+
+@triton.constexpr_function
+def table_layout(key_code, value_code, copies):
+    """Where decode's tables lie in shared memory: the keys', the values', static and dynamic bytes.
+
+    Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory. Its
+    launcher asks the driver for more only where the dynamic part alone is more than that.
+    """
+    keys, values = (table_entries(code) * copies * 4 for code in (key_code, value_code))
+    if value_code == key_code:
+        values = 0
+    first = 0 if value_code == key_code else keys
+    if keys + values <= _STATIC_TABLES:
+        return 0, first, keys + values, 0
+    if keys + values <= 64 << 10:
+        return DYNAMIC.value, DYNAMIC.value + first, 0, 64 << 10
+    return DYNAMIC.value, 0, values, max(keys, 64 << 10)
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """How a request's rows, its queries' heads that share a KV head, are dealt to programs.
+
+    sets: of four rows, that a program takes. blocks: programs for all rows.
+    """
+
+    sets: int
+    blocks: int
+
+    @classmethod
+    def of(cls, num_heads: int, num_kv_heads: int, max_query_len: int) -> RowTiles:
+        rows = max_query_len * (num_heads // num_kv_heads)
+        sets = 1 if rows <= 4 else 2
+        return cls(sets, triton.cdiv(rows, 4 * sets))
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """warps of a program, registers that a thread may have, programs that an SM runs at once."""
+
+    warps: int
+    registers: int
+    programs_per_sm: int
+
+    @classmethod
+    @cache
+    def of(cls, slot: Slot, sets: int, gpu: Gpu) -> DecodeLaunch:
+        """sets: of RowTiles."""
+        chosen = config("decode" if sets == 1 else "decode_wide", slot, gpu)
+        warps, registers = chosen["num_warps"], chosen["maxnreg"]
+        *_, static, dynamic = table_layout(vector_code(slot.key), vector_code(slot.value), gpu.table_copies)
+        # CUDA keeps 1 KB of shared memory a program, and exchanges take as much.
+        fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 2048))
+        return cls(warps, registers, min(max(1, fit), MAX_PROGRAMS_PER_SM))

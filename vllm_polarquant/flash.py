@@ -1,0 +1,44 @@
+"""vLLM's FlashAttention as the dense attention that kernels take."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_polarquant.kernels.ops import DenseAttention
+
+
+def flash_attention(head_dim: int) -> DenseAttention:
+    """FlashAttention of the version that vLLM picks for a head_dim, with kernels.ops.DenseAttention's contract."""
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=head_dim)
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        max_query_len: int,
+        key_start_loc: torch.Tensor,
+        max_key_len: int,
+        scale: float,
+        causal: bool,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended: tuple[torch.Tensor, torch.Tensor] = flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            max_seqlen_q=max_query_len,
+            cu_seqlens_q=query_start_loc,
+            max_seqlen_k=max_key_len,
+            cu_seqlens_k=key_start_loc,
+            softmax_scale=scale,
+            causal=causal,
+            return_softmax_lse=True,
+            out=out,
+            fa_version=version,
+        )
+        return attended
+
+    return attend

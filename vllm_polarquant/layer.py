@@ -1,0 +1,146 @@
+"""One layer of vLLM: its arguments become one Attention, and its calls those of kernels.ops.Operations.
+
+A key's way in is `do_kv_cache_update -> Operations.store -> kernel`; a query's way out is
+`forward -> Operations.decode`, or `forward -> Operations.prefill`. No arithmetic happens here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
+
+from vllm_polarquant import support
+from vllm_polarquant.attention import Attention
+from vllm_polarquant.codec import Tables, tables
+from vllm_polarquant.flash import flash_attention
+from vllm_polarquant.format import Slot
+from vllm_polarquant.kernels.ops import DenseAttention, LayerShape, Limits, Operations, Plan, operations
+
+
+def _limits(config: VllmConfig) -> Limits:
+    # A batch of decodes is padded to the size of a captured graph.
+    graph = config.compilation_config.max_cudagraph_capture_size or 0
+    return Limits(max(config.scheduler_config.max_num_seqs, graph), max_decode_query_len(config))
+
+
+def _no_dense_attention(*_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    raise AssertionError("the operations on a CPU bring their own")
+
+
+def _dense_attention(device: torch.device, head_dim: int) -> DenseAttention:
+    return flash_attention(head_dim) if device.type == "cuda" else _no_dense_attention
+
+
+class PolarQuantImpl(AttentionImpl[Plan]):
+    """One layer on any device.
+
+    Raises:
+        support.Refused: from the constructor, naming a feature of the layer that is not supported.
+    """
+
+    supports_quant_query_input = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        support.check_layer(
+            kv_cache_dtype,
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            sliding_window=sliding_window,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+            **extra,
+        )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.attention = Attention(self.scale, sliding_window, logits_soft_cap or None, sinks)
+        config = get_current_vllm_config()
+        device = torch.device(current_platform.device_type)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.shape = LayerShape(
+            Slot(kv_cache_dtype, head_size),
+            num_heads,
+            self.num_kv_heads,
+            config.model_config.dtype,
+            device,
+        )
+        self.limits = _limits(config)
+        self.ops, self.tables = self._shared(config) or self._own()
+
+    def _shared(self, config: VllmConfig) -> tuple[Operations, Tables] | None:
+        """Those of an earlier layer of this engine, so that all layers of a shape share workspaces."""
+        for layer in config.compilation_config.static_forward_context.values():
+            other = getattr(layer, "impl", None)
+            if isinstance(other, PolarQuantImpl) and (other.shape, other.limits) == (self.shape, self.limits):
+                return other.ops, other.tables
+        return None
+
+    def _own(self) -> tuple[Operations, Tables]:
+        shape = self.shape
+        ops = operations(shape, self.limits, _dense_attention(shape.device, self.head_size))
+        if ops.max_decode_query_len is not None:
+            support.check_draft_tokens(
+                self.kv_cache_dtype, self.limits.max_decode_query_len, ops.max_decode_query_len
+            )
+        return ops, tables(shape.slot, shape.dtype, shape.device)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        if kv_cache.numel():
+            self.ops.store(key, value, kv_cache, slot_mapping, self.tables)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Plan | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [T, num_heads, d], key and value [T, kv heads, d] -> output [T, num_heads, d], written."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantisation is not supported")
+        if attn_metadata is None:
+            # A memory profile, or a step without requests.
+            self.ops.reserve(len(query))
+            return output.zero_()
+        batch = attn_metadata.batch
+        if batch.num_decodes:
+            self.ops.decode(query, kv_cache, attn_metadata, self.attention, self.tables, output)
+        if batch.num_prefills:
+            self.ops.prefill(
+                query, key, value, kv_cache, attn_metadata, self.attention, self.tables, output
+            )
+        return output

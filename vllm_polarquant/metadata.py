@@ -1,0 +1,97 @@
+"""A batch of vLLM's as kernels take it: decodes first, then prefills, planned once for all layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_polarquant.compat import hide_numba
+from vllm_polarquant.kernels.ops import Batch, Plan
+from vllm_polarquant.layer import PolarQuantImpl
+from vllm_polarquant.page import Page
+from vllm_polarquant.support import ranges
+
+logger = init_logger("vllm.polarquant")
+
+
+class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
+    """Splits a batch into decodes (few query tokens, read off the pages) and prefills, and plans it."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impl: PolarQuantImpl = next(iter(layers.values())).impl
+        page = Page(impl.shape.slot, kv_cache_spec.block_size)
+        _log_layers(vllm_config, page, impl, layer_names)
+        # Captured graphs read what it plans into, so it stays.
+        self.planner = impl.ops.planner()
+        if current_platform.is_cpu():
+            hide_numba()
+        impl.ops.warm_up(page, impl.tables)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Plan:
+        batch = common_attn_metadata
+        threshold = self.reorder_batch_threshold
+        assert threshold is not None
+        decodes, prefills, decode_tokens, _ = split_decodes_and_prefills(batch, decode_threshold=threshold)
+        starts_cpu = batch.query_start_loc_cpu
+        context_lens = torch.zeros(0, dtype=torch.int32)
+        if prefills:
+            assert batch.seq_lens_cpu_upper_bound is not None  # exact for prefills
+            chunk_lens = starts_cpu[decodes + 1 :] - starts_cpu[decodes:-1]
+            context_lens = batch.seq_lens_cpu_upper_bound[decodes : batch.num_reqs] - chunk_lens
+        return self.planner.plan(
+            Batch(
+                num_decodes=decodes,
+                num_decode_tokens=decode_tokens,
+                num_prefills=prefills,
+                num_tokens=batch.num_actual_tokens,
+                query_start_loc=batch.query_start_loc,
+                query_start_loc_cpu=starts_cpu,
+                seq_lens=batch.seq_lens,
+                block_table=batch.block_table_tensor,
+                context_lens_cpu=context_lens,
+            )
+        )
+
+
+def _log_layers(vllm_config: VllmConfig, page: Page, impl: PolarQuantImpl, layer_names: list[str]) -> None:
+    """One line at start-up: preset, bytes a token, ratio, and which layers are which."""
+    every = get_layers_from_vllm_config(vllm_config, Attention)
+    native = [name for name, layer in every.items() if layer.kv_cache_dtype == "auto"]
+    slot, heads, layers = page.slot, impl.num_kv_heads, len(layer_names)
+    line = (
+        f"{slot.preset} (page format {page.cache_id(impl.ops.order)}): {slot.nbytes} bytes a token a kv head, "
+        f"{slot.nbytes * heads * layers} bytes a token in {layers} layers x {heads} kv heads, "
+        f"{slot.ratio:.2f}x the tokens of 16-bit floats; "
+        f"quantised layers: {ranges([extract_layer_index(n) for n in layer_names])}; "
+        f"native layers: {ranges([extract_layer_index(n) for n in native]) or 'none'}"
+    )
+    logger.info_once("%s", line)
