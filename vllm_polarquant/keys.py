@@ -95,7 +95,8 @@ class HardKeys:
         """What the tensor holds, in words and figures."""
         if not self.tensor.endswith(".bias"):
             return (
-                f"uneven channel pairs (largest {self.pair_ratio:.1f} x the median in keys, beside queries')"
+                f"largest channel pair {self.pair_ratio:.1f} x the median one in keys, "
+                f"{self.query_pair_ratio:.1f} x in queries"
             )
         rest = "unknown, taken to be 1 a channel" if math.isnan(self.key_norm) else f"{self.key_norm:.1f}"
         return f"constant key of norm {self.bias_norm:.1f}, the rest {rest}"
