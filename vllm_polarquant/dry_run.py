@@ -476,6 +476,8 @@ def ask(model: Path, config: Mapping[str, Any], preset: str, options: Mapping[st
             )
         except subprocess.TimeoutExpired:
             raise NotBuilt(f"it took more than {SECONDS} s") from None
+        except OSError as problem:
+            raise NotBuilt(f"no child process: {problem.strerror}") from None
         if not answer.is_file():
             last = ([line for line in child.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
             raise NotBuilt(last.strip())
