@@ -27,6 +27,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -40,6 +41,8 @@ from vllm_polarquant.format import HEAD_DIMS
 QUERIES = 1024
 UNEVEN_SHARE, UNEVEN_LOW, UNEVEN_HIGH = 16, 10.0, 30.0
 PROBE_HEAD_DIM, PROBE_CONTEXT = 128, 512
+WIDTH, MIN_WIDTH = 170, 125
+"""Letters of a line of the table in a file; and those it needs, wrapped by terminals that are narrower."""
 
 
 class Sample(NamedTuple):
@@ -187,9 +190,11 @@ def markdown(d: int, found: list[dict[str, Any]]) -> str:
 
 
 def table(d: int, found: list[dict[str, Any]]) -> Table:
-    shown = Table(title=f"d = {d}")
+    """The rows for a terminal: numbers and words of the header whole, long names of codecs folded."""
+    shown = Table(title=f"d = {d}", box=box.SIMPLE_HEAD)
     for i, name in enumerate(columns(found)):
-        shown.add_column(name, justify="right" if i else "left", no_wrap=not i)
+        head = name.replace(" ", "\n") if i else name
+        shown.add_column(head, justify="right" if i else "left", no_wrap=bool(i), vertical="bottom")
     for row in found:
         shown.add_row(*cells(row), style="bold" if "this package" in row["codec"] else None)
     return shown
@@ -241,7 +246,8 @@ def main(
         if as_markdown:
             typer.echo(markdown(d, part))
         else:
-            Console(width=None if sys.stdout.isatty() else 150).print(table(d, part))
+            width = Console().width if sys.stdout.isatty() else WIDTH
+            Console(width=max(width, MIN_WIDTH)).print(table(d, part))
 
 
 if __name__ == "__main__":

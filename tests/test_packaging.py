@@ -20,6 +20,8 @@ PACKAGES = {
     "eval": "vllm_polarquant/eval",
 }
 DATA = ("*.json", "tasks/*.py", "tasks/*yaml", "py.typed", "probe/data/*", "probe/model/*")
+# How the probe was trained: for readers of the checkout, and of no use without the corpus.
+LEFT_OUT = "vllm_polarquant/eval/training/"
 SKIPPED = (".*", "__pycache__", "build", "dist", "*.egg-info")
 
 
@@ -78,12 +80,15 @@ def distribution(installed) -> Distribution:
     return found
 
 
-def test_wheel_holds_every_module_and_data_file(source, wheel):
+def test_wheel_holds_every_module_and_data_file_but_the_training(source, wheel):
     expected = set()
     for folder, package in PACKAGES.items():
         for pattern in ("**/*.py", *(f"**/{data}" for data in DATA)):
             found = [path for path in (source / folder).glob(pattern) if path.is_file()]
             expected |= {f"{package}/{path.relative_to(source / folder)}" for path in found}
+    left_out = {name for name in expected if name.startswith(LEFT_OUT)}
+    assert f"{LEFT_OUT}train.py" in left_out
+    expected -= left_out
     assert {"vllm_polarquant/codebook.json", "vllm_polarquant/py.typed"} <= expected
     packed = {name for name in files_of(wheel) if ".dist-info/" not in name}
     assert packed == expected

@@ -13,6 +13,9 @@ from vllm_polarquant.eval.statistics import Z
 
 CAPTION = "In the plots `k4v4` is `polarquant_k4v4`, `tq` is `turboquant` and `@every` is `@every-layer`."
 DPI = 100
+MAPS = 3
+"""Dtypes that lost most answers, of which the plot of retrieval shows where."""
+
 _MARKERS = "os^vDPX*"
 _AROUND = [
     (far * dx, far * dy)
@@ -208,56 +211,80 @@ def _position(path: Path, found: Report) -> bool:
     return True
 
 
+def _map(axes: Any, summary: dict[str, Any], pairs: list[tuple[int, int | None]]) -> None:
+    """Right answers of one dtype by depth (down) and pairs (across)."""
+    shares = [[math.nan] * len(pairs) for _ in range(DEPTHS)]
+    for part in summary["by_both"]:
+        low, high = part["pairs"]
+        row, column = round(part["depth"][0] * DEPTHS), pairs.index((low, high))
+        shares[row][column] = part["right"] / part["of"]
+        text = f"{part['right']}/{part['of']}"
+        weight = "bold" if part["right"] < part["of"] else "normal"
+        axes.text(column, row, text, ha="center", va="center", fontsize=9, fontweight=weight)
+    axes.imshow(shares, vmin=0, vmax=1, cmap="OrRd_r", aspect="auto")
+    axes.set_facecolor("#e4e4e4")
+    labels = [f"{low}+" if high is None else f"{low}-{high - 1}" for low, high in pairs]
+    axes.set_xticks(range(len(pairs)), labels, fontsize=8.5)
+    depths = [f"{row / DEPTHS:.0%}-{(row + 1) / DEPTHS:.0%}" for row in range(DEPTHS)]
+    axes.set_yticks(range(DEPTHS), depths, fontsize=8.5)
+    axes.set_xlabel("pairs in the context", fontsize=9)
+    axes.set_ylabel("depth of the pair that is asked for", fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def _retrieval(path: Path, found: Report) -> bool:
-    """Share of right answers by depth (down) and pairs (across), a small map a dtype."""
+    """Right answers of every dtype, and where the answers that most were lost by were."""
     import matplotlib.pyplot as plt
 
-    maps = [
-        (name if not i else f"{cell}: {name}", summary["by_both"], summary)
-        for i, (cell, scored) in enumerate(_summaries(found, "retrieval"))
-        for name, summary in scored.items()
-        if summary.get("by_both")
-    ]
-    if not maps:
+    scored = next((s for _, s in _summaries(found, "retrieval") if s), None)
+    if scored is None:
         return False
-    pairs = sorted({tuple(part["pairs"]) for _, grid, _ in maps for part in grid}, key=lambda pair: pair[0])
-    columns = min(5, len(maps))
-    lines = -(-len(maps) // columns)
+    of = max(s["of"] for s in scored.values())
+    base = scored[BASELINE]["right"] if BASELINE in scored else of
+    losers = [name for name, s in scored.items() if s["right"] < base and s.get("by_both")]
+    shown = sorted(losers, key=lambda name: scored[name]["right"])[:MAPS]
+    height = max(2.8, 0.8 + 0.22 * len(scored))
+    widths = [6.0, *[3.6] * len(shown)]
     figure, places = plt.subplots(
-        lines,
-        columns,
-        figsize=(2.4 * columns + 0.8, 1.9 * lines + 0.4),
+        1,
+        len(widths),
+        figsize=(sum(widths), height),
         layout="constrained",
         squeeze=False,
-        sharex=True,
-        sharey=True,
+        width_ratios=widths,
     )
-    for axes in places.flat[len(maps) :]:
-        axes.set_visible(False)
-    drawn = None
-    for axes, (name, grid, summary) in zip(places.flat, maps, strict=False):
-        shares = [[math.nan] * len(pairs) for _ in range(DEPTHS)]
-        for part in grid:
-            row, column = round(part["depth"][0] * DEPTHS), pairs.index(tuple(part["pairs"]))
-            shares[row][column] = part["right"] / part["of"]
-            dark = abs(shares[row][column] - 0.5) > 0.35
-            text = f"{part['right']}/{part['of']}"
-            axes.text(
-                column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
-            )
-        drawn = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
-        axes.set_title(f"{_short(name)}  {summary['right']}/{summary['of']}", fontsize=8.5)
-        labels = [f"{low}+" if high is None else f"{low}-{high - 1}" for low, high in pairs]
-        axes.set_xticks(range(len(pairs)), labels, fontsize=8)
-        depths = [f"{row / DEPTHS:.0%}-{(row + 1) / DEPTHS:.0%}" for row in range(DEPTHS)]
-        axes.set_yticks(range(DEPTHS), depths, fontsize=7)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-    figure.supxlabel("pairs in the context", fontsize=9)
-    figure.supylabel("depth of the pair that is asked for", fontsize=9)
-    if drawn is not None:
-        figure.colorbar(drawn, ax=places, shrink=0.7, label="right answers", aspect=30)
-    figure.savefig(path, dpi=0.85 * DPI)
+    bars, *maps = places.flat
+    names = list(reversed(scored))
+    sizes = {name: found["dtypes"][name]["bytes"] for name in names}
+    colours = [
+        "#333333" if name == BASELINE else "#c8401a" if found["dtypes"][name]["ours"] else "#1f6fa8"
+        for name in names
+    ]
+    drawn = bars.barh(range(len(names)), [scored[name]["right"] for name in names], 0.7, color=colours)
+    bars.bar_label(drawn, [f"{scored[n]['right']}" for n in names], fontsize=8, padding=2)
+    bars.set_yticks(
+        range(len(names)),
+        [f"{_short(n)}, {sizes[n]:,} bytes" if sizes[n] else _short(n) for n in names],
+        fontsize=8.5,
+    )
+    bars.axvline(base, color="black", linewidth=0.7, linestyle="--", zorder=0)
+    bars.set_ylim(-0.6, len(names) - 0.4)
+    bars.set_xlabel(f"right answers of {of} (higher is better)", fontsize=9)
+    lost = (
+        f"{len(losers)} of {len(scored) - (BASELINE in scored)} lose answers" if losers else "none loses one"
+    )
+    bars.set_title(f"Retrieval by dtype, most bytes a token first: {lost}", fontsize=10, loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.tick_params(axis="y", length=0)
+    grids = [scored[name]["by_both"] for name in shown]
+    pairs = sorted(
+        {(low, high) for grid in grids for low, high in (p["pairs"] for p in grid)}, key=lambda p: p[0]
+    )
+    for axes, name in zip(maps, shown, strict=True):
+        _map(axes, scored[name], pairs)
+        axes.set_title(f"{_short(name)}: {scored[name]['right']} of {scored[name]['of']}", fontsize=10)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return True
 
