@@ -118,6 +118,7 @@ SUPPORTED = {
     "llama without a dtype": {k: v for k, v in LLAMA.items() if k != "torch_dtype"},
     "qwen2, window off": QWEN2,
     "qwen2, window unset": {k: v for k, v in QWEN2.items() if k != "use_sliding_window"},
+    "qwen2, window from the last layer": QWEN2 | {"use_sliding_window": True},
     "qwen3": QWEN3,
     "qwen3, layers listed": QWEN3 | {"layer_types": ["full_attention"] * 32, "sliding_window": 1},
     "mistral, window null": MISTRAL | {"sliding_window": None},

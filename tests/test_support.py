@@ -252,6 +252,17 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         },
         (4, 4, 0),
     ),
+    "Qwen2 whose window begins after the last layer": (
+        LLAMA
+        | {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "sliding_window": 128,
+            "use_sliding_window": True,
+            "max_window_layers": 4,
+        },
+        (4, 4, 0),
+    ),
     "Mistral without a window": (MISTRAL | {"sliding_window": None}, (4, 4, 0)),
     "MiniCPM3, which keeps whole keys": (
         MLA

@@ -120,10 +120,13 @@ def _has_windows(text: Config, config: Config) -> object:
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and kinds:
         return any("sliding" in str(kind) for kind in kinds)
-    # Qwen's configs name a window that is off unless another field turns it on.
-    qwen = re.match("qwen[23]", _model_type(text, config))
     window = text.get("sliding_window") or text.get("sliding_window_size")
-    return window and text.get("use_sliding_window", not qwen)
+    if not re.match("qwen[23]", _model_type(text, config)):
+        return window and text.get("use_sliding_window", True)
+    # Qwen's configs name a window that is off unless another field turns it on, and then from a layer on.
+    first, layers = text.get("max_window_layers"), text.get("num_hidden_layers")
+    none_left = isinstance(first, int) and isinstance(layers, int) and first >= layers
+    return window and text.get("use_sliding_window") and not none_left
 
 
 def _is_encoder(text: Config, config: Config) -> object:
