@@ -11,7 +11,8 @@ from vllm_polarquant.eval import results
 from vllm_polarquant.eval.dtypes import BASELINE
 from vllm_polarquant.eval.plan import NO_BASELINE, Plan, run_dtype
 from vllm_polarquant.eval.suites import Cell, load_suite
-from vllm_polarquant.keys import KeyReport, ranges
+from vllm_polarquant.keys import KeyReport
+from vllm_polarquant.support import ranges
 
 
 @dataclass(frozen=True)

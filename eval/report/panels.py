@@ -145,8 +145,10 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             axes.set_title(f"{panel.title} ({panel.better} is better)", fontsize=10.5, loc="left")
             if lacking := [n for n in panel.series if n not in panel.drawn]:
                 said = f"not measured: {', '.join(lacking)}"
-                axes.text(1, 0.98, said, fontsize=7.5, color="#666666", ha="right", va="top",
-                          transform=axes.transAxes)  # fmt: skip
+                if panel.crowded:
+                    axes.set_xlabel(f"{panel.unit}; {said}")
+                else:
+                    axes.set_xlabel(said, fontsize=8, color="#666666")
             axes.spines[["top", "right"]].set_visible(False)
     handles = [
         Line2D([], [], linestyle="none", color=colour[name], markersize=9, label=name,
