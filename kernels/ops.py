@@ -90,8 +90,9 @@ class DenseAttention(Protocol):
         """Attend within each of R requests.
 
         Args:
-            query: [T, num_heads, d]; request r's are query_start_loc[r]:query_start_loc[r + 1], int32 [R + 1].
-            key, value: [S, kv heads, d], of each request key_start_loc, likewise.
+            query: [T, num_heads, d]; request r's are query_start_loc[r]:query_start_loc[r + 1].
+            key, value: [S, kv heads, d]; request r's likewise.
+            query_start_loc, key_start_loc: int32 [R + 1].
             max_query_len, max_key_len: of any request.
             scale: softmax scale.
             causal: whether a request's queries are the last of its keys' tokens, and see none after them.
@@ -200,6 +201,7 @@ class Operations(ABC):
     def warm_up(self, page: Page, tables: Tables) -> None:
         """Compile what serving will call."""
 
+    @abstractmethod
     def reserve(self, num_tokens: int) -> None:
         """Allocate once, and free, what a step of so many query tokens allocates, for a memory profile."""
 

@@ -20,8 +20,8 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from vllm_polarquant import compat
-from vllm_polarquant.backend import _REFUSED, BACKEND_NAME
+from vllm_polarquant import compat, support
+from vllm_polarquant.compat import BACKEND_NAME
 from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS
 from vllm_polarquant.plugin import LOSSLESS_SWITCH, register
 
@@ -71,36 +71,38 @@ def test_other_dtypes_get_the_backend_that_vllm_chooses(dtype: str | None) -> No
     assert "polarquant" not in choose(kv_cache_dtype=dtype)
 
 
-WAYS_OUT = ("--kv-cache-dtype", "unset", "use ", "turn it off")
+WAYS_OUT = ("--kv-cache-dtype", "unset", "use ", "set ")
 
 
-@pytest.mark.parametrize("field", _REFUSED)
+OF_SELECTOR = {rule.selector: rule for rule in support.RULES if rule.selector}
+
+
+@pytest.mark.parametrize("field", OF_SELECTOR)
 def test_a_refusal_names_the_feature_and_the_way_out(field: str) -> None:
     with pytest.raises(ValueError) as refused:
         choose(**{field: True})
-    feature, _, way_out = _REFUSED[field].rpartition(";")
-    assert feature
-    assert any(way in way_out for way in WAYS_OUT)
-    assert_one_sentence(refused.value, _REFUSED[field])
+    rule = OF_SELECTOR[field]
+    assert any(way in rule.way_out for way in WAYS_OUT)
+    assert_one_sentence(refused.value, rule.what, rule.way_out)
 
 
 def test_every_flag_of_vllms_selector_is_refused_or_known_to_be_harmless() -> None:
     flags = {name for name, default in AttentionSelectorConfig._field_defaults.items() if default is False}
-    assert flags - set(_REFUSED) == {"use_kv_connector"}
+    assert flags - set(OF_SELECTOR) == {"use_kv_connector"}
 
 
 @pytest.mark.parametrize("kind", ["encoder", "encoder_only", "encoder_decoder"])
 def test_attention_other_than_a_decoders_is_refused(kind: str) -> None:
     with pytest.raises(ValueError) as refused:
         choose(attn_type=kind)
-    assert_one_sentence(refused.value, kind, "--kv-cache-dtype fp8 or auto")
+    assert_one_sentence(refused.value, kind, "without --kv-cache-dtype")
 
 
 @pytest.mark.parametrize("head_size", [32, 48, 120, 512])
 def test_an_unsupported_head_size_is_refused(head_size: int) -> None:
     with pytest.raises(ValueError) as refused:
         choose(head_size=head_size)
-    assert_one_sentence(refused.value, f"head_dim {head_size}", "128", "--kv-cache-dtype fp8 or auto")
+    assert_one_sentence(refused.value, f"head_dim {head_size}", "128", "--kv-cache-dtype auto")
 
 
 def choose_with_connector(connector: str, **extra: str) -> str:
@@ -138,7 +140,7 @@ def test_a_float32_model_is_refused() -> None:
 def test_a_block_size_that_is_no_multiple_of_16_is_refused(block_size: int) -> None:
     with pytest.raises(ValueError) as refused:
         choose(block_size=block_size)
-    assert_one_sentence(refused.value, f"block size {block_size}", "16")
+    assert_one_sentence(refused.value, f"block size of {block_size}", "--block-size 16")
 
 
 def cli_choices() -> list[str]:
@@ -241,7 +243,7 @@ TINY_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "vocab_size": 128,
             "torch_dtype": "bfloat16",
         },
-        ("ALiBi", "--kv-cache-dtype fp8 or auto"),
+        ("ALiBi", "--kv-cache-dtype auto"),
     ),
     "soft cap": (
         LLAMA
@@ -255,7 +257,7 @@ TINY_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "sliding_window": None,
             "layer_types": ["full_attention", "full_attention"],
         },
-        ("soft-capped", "--kv-cache-dtype fp8 or auto"),
+        ("soft-capped", "--kv-cache-dtype auto"),
     ),
     "sliding window": (
         LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
@@ -278,11 +280,11 @@ TINY_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "first_k_dense_replace": 2,
             "moe_layer_freq": 1,
         },
-        ("MLA", "--kv-cache-dtype fp8 or auto"),
+        ("MLA", "--kv-cache-dtype auto"),
     ),
     "head size": (
         LLAMA | {"head_dim": 48, "hidden_size": 96},
-        ("head_dim 48", "--kv-cache-dtype fp8 or auto"),
+        ("head_dim 48", "--kv-cache-dtype auto"),
     ),
     "float32": (LLAMA | {"torch_dtype": "float32"}, ("float32", "--dtype bfloat16 or float16")),
 }

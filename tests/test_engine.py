@@ -11,7 +11,8 @@ import pytest
 import torch
 from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
 
-from vllm_polarquant.format import PolarFormat
+from vllm_polarquant.format import Slot
+from vllm_polarquant.page import Page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -111,16 +112,16 @@ def logged_capacities(log: str) -> list[int]:
 @pytest.mark.parametrize("preset", ["polarquant_k4v4", "polarquant_k8v4", "polarquant_k2v2"])
 def test_vllm_counts_as_many_tokens_as_the_pages_hold(presets: dict[str, Any], preset: str) -> None:
     block = presets[preset]["block_size"]
-    page = PolarFormat(preset, 128, block).page_bytes
+    page = Page(Slot(preset, 128), block).nbytes
     blocks = engine_runs.EAGER["kv_cache_memory_bytes"] // (page * PROBE_KV_HEADS * PROBE_LAYERS)
     assert presets[preset]["kv_tokens"] == blocks * block
     assert presets[preset]["kv_tokens"] in logged_capacities(presets["log"])
     ratio = presets[preset]["kv_tokens"] / presets["auto"]["kv_tokens"]
-    assert ratio == pytest.approx(PolarFormat(preset, 128, block).ratio, rel=0.02)
+    assert ratio == pytest.approx(Slot(preset, 128).ratio, rel=0.02)
 
 
 def test_k4v4_holds_more_than_3_8_times_the_tokens_of_auto(presets: dict[str, Any]) -> None:
-    assert PolarFormat("polarquant_k4v4", 128, 128).slot_bytes == 132
+    assert Slot("polarquant_k4v4", 128).nbytes == 132
     assert presets["polarquant_k4v4"]["kv_tokens"] > 3.8 * presets["auto"]["kv_tokens"]
 
 

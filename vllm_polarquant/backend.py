@@ -1,4 +1,4 @@
-"""What vLLM asks of an attention backend: which layers it takes, how large a page is, and who does the work."""
+"""What vLLM asks of an attention backend: which layers it takes, how large a page is, who does the work."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from vllm_polarquant.kernels.ops import DenseAttention
 
 
 def flash_attention(head_dim: int) -> DenseAttention:
-    """FlashAttention of the version that vLLM picks for a head_dim, with kernels.ops.DenseAttention's contract."""
+    """FlashAttention of the version that vLLM picks for a head_dim; see kernels.ops.DenseAttention."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     version = get_flash_attn_version(head_size=head_dim)

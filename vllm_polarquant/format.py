@@ -19,7 +19,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 SCALAR_BITS = 8.0
 RADIUS_BYTES = 2
-"""A bfloat16, which covers float32's range; the sign bit is free, always 0 so far, and no reader looks at it."""
+"""A bfloat16, which covers float32's range. Its sign bit is free: written as 0, and no reader looks at it."""
 
 MIN_FIT_GAIN = 0.981
 """A least-squares radius never shortens a vector by more than this factor."""
@@ -55,9 +55,9 @@ class VectorFormat:
         coordinate, at SCALAR_BITS; in no preset, as it has no kernels), ``fp8`` (e4m3 with the radius as
         scale) or ``raw`` (the model's own 16-bit floats; only tests use it).
     bits: stored bits a coordinate, the radius not counted.
-    gain: what the radius makes of |x|, c being the cosine between x and its decoded direction.
-        ``norm`` keeps |x|; ``unbiased`` is |x| / c, exact along x; ``fit`` is the least-squares |x| c,
-        kept from losing more than 2 % of the norm.
+    gain: what the radius makes of a polar vector's |x|, c being the cosine between x and its decoded
+        direction. ``norm`` keeps |x|; ``unbiased`` is |x| / c, exact along x; ``fit`` is the least-squares
+        |x| c, kept from losing more than 2 % of the norm.
     """
 
     kind: Kind

@@ -140,7 +140,5 @@ class PolarQuantImpl(AttentionImpl[Plan]):
         if batch.num_decodes:
             self.ops.decode(query, kv_cache, attn_metadata, self.attention, self.tables, output)
         if batch.num_prefills:
-            self.ops.prefill(
-                query, key, value, kv_cache, attn_metadata, self.attention, self.tables, output
-            )
+            self.ops.prefill(query, key, value, kv_cache, attn_metadata, self.attention, self.tables, output)
         return output

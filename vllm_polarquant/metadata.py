@@ -87,8 +87,9 @@ def _log_layers(vllm_config: VllmConfig, page: Page, impl: PolarQuantImpl, layer
     every = get_layers_from_vllm_config(vllm_config, Attention)
     native = [name for name, layer in every.items() if layer.kv_cache_dtype == "auto"]
     slot, heads, layers = page.slot, impl.num_kv_heads, len(layer_names)
+    identity = page.cache_id(impl.ops.order)
     line = (
-        f"{slot.preset} (page format {page.cache_id(impl.ops.order)}): {slot.nbytes} bytes a token a kv head, "
+        f"{slot.preset} (page format {identity}): {slot.nbytes} bytes a token a kv head, "
         f"{slot.nbytes * heads * layers} bytes a token in {layers} layers x {heads} kv heads, "
         f"{slot.ratio:.2f}x the tokens of 16-bit floats; "
         f"quantised layers: {ranges([extract_layer_index(n) for n in layer_names])}; "

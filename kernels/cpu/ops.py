@@ -136,3 +136,6 @@ class CpuOperations(Operations):
         self.store(x, x, cache, torch.arange(3), tables)
         self.decode(query, cache, plan, attention, tables, out)
         self.prefill(query, x, x, cache, plan, attention, tables, out)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Nothing: vLLM does not profile a CPU's memory."""
