@@ -24,9 +24,8 @@ from vllm_polarquant.eval import isolate
 from vllm_polarquant.eval.bench.engine_page import TITLE, sections
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
-    OURS,
     check_same,
-    dates,
+    continued,
     earlier,
     environment,
     machine,
@@ -108,10 +107,9 @@ def kept(old: Report, new: Report) -> Report:
     runs = old["runs"]
     if not same_version(old, new):
         runs = {name: run for name, run in runs.items() if name not in PRESETS}
-    version = {k: v for k, v in new["environment"].items() if k == OURS}
     return {
         **old,
-        "environment": old["environment"] | version | dates(old, new),
+        "environment": continued(old, new),
         "runs": runs,
         "command": f"{old['command']} && {new['command']}",
     }

@@ -35,9 +35,8 @@ from vllm_polarquant.eval.bench.grid import (
 from vllm_polarquant.eval.bench.kernel_page import TITLE, sections
 from vllm_polarquant.eval.report.cells import shown, value
 from vllm_polarquant.eval.report.environment import (
-    OURS,
     check_same,
-    dates,
+    continued,
     earlier,
     environment,
     machine,
@@ -127,7 +126,7 @@ def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list
     names = old["contenders"] + [name for name in new["contenders"] if name not in old["contenders"]]
     both = {
         **old,
-        "environment": old["environment"] | {OURS: new["environment"].get(OURS)} | dates(old, new),
+        "environment": continued(old, new),
         "contenders": names,
         "cells": cells,
         "command": f"{old['command']} && {new['command']}",

@@ -94,10 +94,11 @@ def same_version(before: Report, now: Report) -> bool:
     return bool(before["environment"].get(OURS) == now["environment"].get(OURS))
 
 
-def dates(before: Report, now: Report) -> dict[str, str]:
-    """The days on which a report was made that goes on with an earlier one, as a part of its environment."""
+def continued(before: Report, now: Report) -> dict[str, Any]:
+    """The environment of a report that goes on with an earlier one: our version now, and the days of both."""
     days = [*before["environment"]["date"].split(", "), now["environment"]["date"]]
-    return {"date": ", ".join(dict.fromkeys(days))}
+    version = {name: value for name, value in now["environment"].items() if name == OURS}
+    return before["environment"] | version | {"date": ", ".join(dict.fromkeys(days))}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
