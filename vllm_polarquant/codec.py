@@ -395,6 +395,7 @@ def tables(slot: Slot, dtype: torch.dtype, device: torch.device) -> Tables:
         if slot.key.rotated
         else (torch.eye(slot.head_dim), torch.ones(slot.head_dim))
     )
-    factors = [signs.float()[None]] * 4
-    parts = (mixing.float().contiguous(), *factors, *points, *luts, *cells)
-    return Tables(*(part.to(device, copy=True) for part in parts))
+    # One tensor of all four: what a kernel has read of it for queries is at hand for outputs.
+    factors = [signs.float()[None].to(device, copy=True)] * 4
+    rest = [part.to(device, copy=True) for part in (*points, *luts, *cells)]
+    return Tables(mixing.float().contiguous().to(device, copy=True), *factors, *rest)

@@ -31,7 +31,6 @@ from vllm_polarquant.kernels.triton.lanes import (
     exchange_bytes,
     fill_table,
     open_shared,
-    prefetch,
     recomputed,
     reserve_dynamic,
 )
@@ -208,8 +207,6 @@ def _decode_kernel(
     columns = ROW_BLOCKS * tl.num_programs(0)
     first_row = row_block * ROWS
     own_factors = query_factors + kv_head * query_factors_stride
-    if ROTATE:
-        prefetch(output_factors + tl.minimum(thread, PAGE.head_dim - 1))
     _fill_tables(thread, key_lut, value_lut, PAGE, COPIES)
     for remaining in tl.range(count_items, 0, -1):
         request = tl.load(record)

@@ -140,20 +140,6 @@ def store_words(pointers, words, kept, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointers):
-    """Bring what each thread points to into L2, for a load that comes much later."""
-    if not _INTERPRET:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1];\nmov.u32 $0, 0;",
-            "=r,l",
-            [pointers.to(tl.int64)],
-            dtype=tl.uint32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def shuffle_xor(x, MASK: tl.constexpr):
     """x, float32, of the lane whose number differs in the bits of MASK."""
     if _INTERPRET:
