@@ -34,6 +34,7 @@ from vllm_polarquant.eval.probe.episodes import (
     load_heldout,
     score_answer,
 )
+from vllm_polarquant.eval.report.environment import query_gpu
 from vllm_polarquant.eval.report.panels import colours
 from vllm_polarquant.eval.worker import reason
 from vllm_polarquant.format import DEFAULT_PRESET
@@ -43,7 +44,9 @@ PROBE_MIB, MODEL_MIB = 64, 1024
 """Default memory of a cache: of the shipped model's, of another one's."""
 
 COMPLETIONS, COMPLETION_TOKENS, COMPLETION_CHARS = 2, 40, 1000
-ROWS, CONTEXT = 16, 256
+ROWS, CPU_ROWS, CONTEXT = 16, 4, 256
+"""Rows of text, fewer where a CPU reads them with a model larger than the shipped one, and a row's tokens."""
+
 EPISODES_AT_A_TIME, CHUNK = 4, 128
 """Contexts of 2,000 tokens that 64 MiB hold in 16 bits beside their questions, and tokens a step of each."""
 
@@ -87,12 +90,12 @@ def questions(count: int) -> list[Question]:
     return [item for row in episodes for item in episode_prompts(row)][:count]
 
 
-def feed(llm: Any, dtype: str, memory: int, text: str) -> Run:
+def feed(llm: Any, dtype: str, memory: int, params: next_token.Params) -> Run:
     """What an engine that is fed a token a step says of the text."""
     from vllm import SamplingParams
 
-    rows = token_rows(llm.get_tokenizer(), text, ROWS, CONTEXT)
-    scored = next_token.score(llm, rows, top=1)
+    rows = token_rows(llm.get_tokenizer(), params.text, params.rows, params.context)
+    scored = next_token.score(llm, rows, top=params.top)
     greedy = SamplingParams(temperature=0, max_tokens=COMPLETION_TOKENS, ignore_eos=True)
     outputs = llm.generate(completion_prompts(), greedy, use_tqdm=False)
     tokens = kv_tokens(llm)
@@ -123,16 +126,24 @@ def ask(llm: Any, asked: list[Question], run: Run) -> None:
         run.right += [score_answer(texts[i], answer) for i, (_, answer, _) in enumerate(part)]
 
 
-def measure(model: str, dtype: str, memory: int, text: str, asked: list[Question], progress: Progress) -> Run:
+def measure(
+    model: str,
+    dtype: str,
+    memory: int,
+    params: next_token.Params,
+    asked: list[Question],
+    progress: Progress,
+) -> Run:
     """Put the text, and the questions if there are any, through engines with this dtype."""
     options = {"kv_cache_memory_bytes": memory, "enforce_eager": True, "seed": 0}
     task = progress.add_task(f"{dtype}: starting the engine", total=2 + 2 * bool(asked))
     # One token a step of each request: every step reads the pages.
-    params = next_token.Params(rows=ROWS, context=CONTEXT, top=1, text=text)
-    feeding = next_token.MEASURE.engine(params) | {"max_model_len": CONTEXT + COMPLETION_TOKENS}
+    feeding = next_token.MEASURE.engine(params) | {
+        "max_model_len": max(params.context, COMPLETION_CHARS) + COMPLETION_TOKENS
+    }
     with engine(model, dtype, **options, **feeding) as llm:
         progress.update(task, advance=1, description=f"{dtype}: reading text off the cache")
-        run = feed(llm, dtype, memory, text)
+        run = feed(llm, dtype, memory, params)
         progress.advance(task)
     if asked:
         progress.update(task, description=f"{dtype}: starting the engine again")
@@ -176,6 +187,8 @@ def show(console: Console, runs: list[Run], asked: list[Question], name: str, me
     positions = base.likeliest.size
     table = Table(
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
         title=f"{name}: what fits in {memory >> 20} MiB of KV cache, and what it says",
         caption=f"Top-1 agreement: share of {positions:,} positions of held-out text where the most likely "
         f"next token is that of {base.dtype}. The text is fed a token a step, so that every key and value is "
@@ -185,7 +198,8 @@ def show(console: Console, runs: list[Run], asked: list[Question], name: str, me
     table.add_column("dtype", no_wrap=True)
     columns = ["tokens", "ratio", "bytes a token", *(["retrieval"] if asked else []), "perplexity"]
     for column in (*columns, "top-1 agreement"):
-        table.add_column(column, justify="right")
+        head = column.replace(" ", "\n", 1)
+        table.add_column(head, justify="right", no_wrap=True, vertical="bottom")
     for run in runs:
         retrieval = [f"{sum(run.right)}/{len(run.right)}"] if asked else []
         table.add_row(
@@ -259,6 +273,10 @@ def main(
             help=f"MiB of each cache; 0: {PROBE_MIB} for the shipped model, else {MODEL_MIB}.", min=0
         ),
     ] = 0,
+    rows: Annotated[
+        int,
+        typer.Option(help=f"Rows of {CONTEXT} tokens of text; 0: {ROWS}, {CPU_ROWS} on a CPU.", min=0),
+    ] = 0,
     text: Annotated[str, typer.Option(help="Text to read: a file, or 'heldout', Python source.")] = HELDOUT,
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     count: Annotated[int, typer.Option(help="Questions to the shipped model, at most 100.", min=1)] = 60,
@@ -278,6 +296,9 @@ def main(
     use_in_process_engine()
     memory = (memory_mib or (PROBE_MIB if shipped else MODEL_MIB)) << 20
     asked = questions(count) if shipped else []
+    if not rows:
+        rows = ROWS if shipped or query_gpu() else CPU_ROWS
+    params = next_token.Params(rows=rows, context=CONTEXT, top=1, text=text)
     name = "The shipped model" if shipped else Path(model).name
     console = Console()
     columns: tuple[Any, ...] = (
@@ -291,7 +312,7 @@ def main(
         for dtype in filter(None, map(str.strip, dtypes.split(","))):
             try:
                 folder = str(MODEL_DIR) if shipped else model
-                runs.append(measure(folder, dtype, memory, text, asked, progress))
+                runs.append(measure(folder, dtype, memory, params, asked, progress))
             except Exception as problem:
                 progress.stop()
                 fail(COMMAND, f"{dtype}: {reason(problem)}", FAILED)
