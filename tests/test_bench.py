@@ -227,6 +227,7 @@ class OtherHeads(ours.PolarLayer):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*TINY.values(), replace(TINY["decode"], lengths="mixed")], ids=str)
 def test_ours_is_measured_and_checked(case: Case) -> None:
     result = Bench("cpu", budget_ms=1, contender=Interpreted).run(case, K4V4)
@@ -241,6 +242,7 @@ def test_ours_is_measured_and_checked(case: Case) -> None:
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layer"), [("reference", OffBy5Percent), ("exact", OtherHeads)])
 def test_wrong_output_fails_the_cell(kind: str, layer: type[ours.PolarLayer]) -> None:
     """5 % off shows against the reference; another head's output against both."""
@@ -261,6 +263,7 @@ def opened(case: Case, layers: int, **options: Any) -> tuple[inputs.Inputs, list
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["decode", "prefix"])
 def test_exact_attention_is_that_of_lossless_pages(op: str) -> None:
     """`fill` puts the pattern where `exact_attention` looks for it, in every layer, request and block."""
@@ -275,6 +278,7 @@ def test_exact_attention_is_that_of_lossless_pages(op: str) -> None:
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [16, 40])
 def test_the_prefix_runs_over_several_workspaces(tokens: int) -> None:
     """16 tokens are read off the pages like decodes, 40 attend to unpacked parts of the prefix."""

@@ -159,6 +159,7 @@ def test_codebook_is_the_files_in_bfloat16(pair_bits):
     assert all(to_bfloat16(value) == value for point in points for value in point)
 
 
+@pytest.mark.slow
 def test_codebook_file_is_what_the_generator_makes():
     ours, theirs = trellis_points(4), torch.tensor(CODEBOOK["4"]).double().numpy()
     assert abs(ours - theirs).max() < 0.02

@@ -152,6 +152,7 @@ def test_models_that_cannot_be_edited_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_check_is_silent_on_the_unedited_probe() -> None:
     report = judge(MODEL_DIR)
     assert len(report.layers) == LAYERS and not report.notes
@@ -162,6 +163,7 @@ def test_check_is_silent_on_the_unedited_probe() -> None:
     assert "Warning" not in shown.stdout and "skip-layers" not in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tensor", "what"),
     [
@@ -339,6 +341,7 @@ def test_quantised_checkpoints_are_judged_by_their_bias(models: dict[str, Path],
     assert report.layers[1].excess == pytest.approx(1 + 600**2 / 2 / HEAD_DIM)
 
 
+@pytest.mark.slow
 def test_what_was_not_judged_is_said(tmp_path: Path) -> None:
     def note(**config: Any) -> str:
         (tmp_path / "config.json").write_text(json.dumps(read_config(MODEL_DIR) | config))
@@ -359,6 +362,7 @@ def test_what_was_not_judged_is_said(tmp_path: Path) -> None:
     assert "found under a known name (layers 5)." in note(num_hidden_layers=6)
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_looked_up_in_the_local_cache(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--some-org--probe" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

@@ -402,6 +402,7 @@ def test_decode_shares_kv_heads(group, device):
     check_decode(make_batch(page, [40, 3], [1, 1], torch.float16, device, 2, group), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_where_maxima_keep_growing(dtype, device):
     """Logits hundreds apart, which neither a rotation nor codes make inexact, and ten tiles a warp."""
@@ -416,6 +417,7 @@ def test_decode_with_few_and_many_programs(preset, num_sms, device):
     check_decode(make_batch(page, [300, 129, 64], [1, 1, 1], torch.float16, device, 1), 1, num_sms)
 
 
+@pytest.mark.slow
 def test_a_program_ends_one_request_and_begins_the_next(device):
     batch = make_batch(page_for(K4V4, 64), [1000, 2500, 64], [1] * 3, torch.float16, device, 1)
     schedule = schedule_for(batch, 1, num_sms=1)
@@ -450,6 +452,7 @@ def test_decode_of_a_mixed_batch(dtype, device):
     assert (run_decode(batch, 5)[8] == 0).all(), "a query of an empty request is not zero"
 
 
+@pytest.mark.slow
 def test_decode_of_more_rows_than_a_program_takes(device):
     page = page_for(K4V4, 64)
     batch = make_batch(page, [40, 16, 70], [16, 2, 9], torch.float16, device, heads=1, group=8)
