@@ -43,9 +43,9 @@ COMMAND = "demo"
 PROBE_MIB, MODEL_MIB = 64, 1024
 """Default memory of a cache: of the shipped model's, of another one's."""
 
-COMPLETIONS, COMPLETION_TOKENS, COMPLETION_CHARS = 2, 40, 1000
-ROWS, CPU_ROWS, CONTEXT = 16, 4, 256
-"""Rows of text, fewer where a CPU reads them with a model larger than the shipped one, and a row's tokens."""
+COMPLETIONS, COMPLETION_TOKENS, COMPLETION_CHARS = 2, 40, 400
+SIZE, CPU_SIZE = (16, 256), (8, 128)
+"""Rows of text and tokens of each; of those that a CPU reads with another model than the shipped one."""
 
 EPISODES_AT_A_TIME, CHUNK = 4, 128
 """Contexts of 2,000 tokens that 64 MiB hold in 16 bits beside their questions, and tokens a step of each."""
@@ -138,9 +138,8 @@ def measure(
     options = {"kv_cache_memory_bytes": memory, "enforce_eager": True, "seed": 0}
     task = progress.add_task(f"{dtype}: starting the engine", total=2 + 2 * bool(asked))
     # One token a step of each request: every step reads the pages.
-    feeding = next_token.MEASURE.engine(params) | {
-        "max_model_len": max(params.context, COMPLETION_CHARS) + COMPLETION_TOKENS
-    }
+    longest = max(params.context, COMPLETION_CHARS) + COMPLETION_TOKENS
+    feeding = next_token.MEASURE.engine(params) | {"max_model_len": longest}
     with engine(model, dtype, **options, **feeding) as llm:
         progress.update(task, advance=1, description=f"{dtype}: reading text off the cache")
         run = feed(llm, dtype, memory, params)
@@ -273,10 +272,6 @@ def main(
             help=f"MiB of each cache; 0: {PROBE_MIB} for the shipped model, else {MODEL_MIB}.", min=0
         ),
     ] = 0,
-    rows: Annotated[
-        int,
-        typer.Option(help=f"Rows of {CONTEXT} tokens of text; 0: {ROWS}, {CPU_ROWS} on a CPU.", min=0),
-    ] = 0,
     text: Annotated[str, typer.Option(help="Text to read: a file, or 'heldout', Python source.")] = HELDOUT,
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     count: Annotated[int, typer.Option(help="Questions to the shipped model, at most 100.", min=1)] = 60,
@@ -296,9 +291,8 @@ def main(
     use_in_process_engine()
     memory = (memory_mib or (PROBE_MIB if shipped else MODEL_MIB)) << 20
     asked = questions(count) if shipped else []
-    if not rows:
-        rows = ROWS if shipped or query_gpu() else CPU_ROWS
-    params = next_token.Params(rows=rows, context=CONTEXT, top=1, text=text)
+    rows, context = SIZE if shipped or query_gpu() else CPU_SIZE
+    params = next_token.Params(rows=rows, context=context, top=1, text=text)
     name = "The shipped model" if shipped else Path(model).name
     console = Console()
     columns: tuple[Any, ...] = (
