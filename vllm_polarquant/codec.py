@@ -440,7 +440,8 @@ def tables(
 
     Factors are those of the codec's rotation, the same for all kv heads, and centres are zeros.
 
-    num_kv_heads, segments: of centres.
+    num_kv_heads: rows of keys' and queries' factors, and of centres; 1 serves any number of kv heads.
+    segments: of centres.
     """
     polar = [vector.kind == "polar" for vector in (slot.key, slot.value)]
     points = [
@@ -457,7 +458,7 @@ def tables(
         if slot.key.rotated
         else (torch.eye(slot.head_dim), torch.ones(slot.head_dim))
     )
-    factors = [signs.float()[None]] * 4
+    factors = [signs.float().repeat(rows, 1) for rows in (num_kv_heads, num_kv_heads, 1, 1)]
     centres = torch.zeros(segments, num_kv_heads, slot.head_dim // 2, dtype=torch.int32)
     parts = (mixing.float().contiguous(), *factors, *points, *luts, *cells, centres)
     return Tables(*(part.to(device, copy=True) for part in parts))
