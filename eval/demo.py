@@ -24,7 +24,7 @@ from rich.table import Table
 from vllm_polarquant.eval.command import FAILED, fail
 from vllm_polarquant.eval.engine import engine, kv_tokens, use_in_process_engine
 from vllm_polarquant.eval.measures import next_token
-from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
+from vllm_polarquant.eval.measures.text import HELDOUT, read_text, token_rows
 from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import (
     MODEL_DIR,
@@ -43,7 +43,7 @@ PROBE_MIB, MODEL_MIB = 64, 1024
 """Default memory of a cache: of the shipped model's, of another one's."""
 
 COMPLETIONS, COMPLETION_TOKENS, COMPLETION_CHARS = 2, 40, 1000
-ROWS, CONTEXT = 8, 512
+ROWS, CONTEXT = 16, 256
 EPISODES_AT_A_TIME, CHUNK = 4, 128
 """Contexts of 2,000 tokens that 64 MiB hold in 16 bits beside their questions, and tokens a step of each."""
 
@@ -87,7 +87,7 @@ def questions(count: int) -> list[Question]:
     return [item for row in episodes for item in episode_prompts(row)][:count]
 
 
-def read_text(llm: Any, dtype: str, memory: int, text: str) -> Run:
+def feed(llm: Any, dtype: str, memory: int, text: str) -> Run:
     """What an engine that is fed a token a step says of the text."""
     from vllm import SamplingParams
 
@@ -132,7 +132,7 @@ def measure(model: str, dtype: str, memory: int, text: str, asked: list[Question
     feeding = next_token.MEASURE.engine(params) | {"max_model_len": CONTEXT + COMPLETION_TOKENS}
     with engine(model, dtype, **options, **feeding) as llm:
         progress.update(task, advance=1, description=f"{dtype}: reading text off the cache")
-        run = read_text(llm, dtype, memory, text)
+        run = feed(llm, dtype, memory, text)
         progress.advance(task)
     if asked:
         progress.update(task, description=f"{dtype}: starting the engine again")
@@ -271,6 +271,10 @@ def main(
         if model.startswith((".", "/", "~")):
             fail(COMMAND, f"no folder {model}")
         os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    try:
+        read_text(text)
+    except ValueError as problem:
+        fail(COMMAND, problem)
     use_in_process_engine()
     memory = (memory_mib or (PROBE_MIB if shipped else MODEL_MIB)) << 20
     asked = questions(count) if shipped else []

@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).parent))
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all cases but the first of each kernel test that is interpreted: seconds for every case."""
+    """Mark as slow all cases but the first of each interpreted kernel test: seconds for every case."""
     seen = set()
     for item in items:
         callspec = getattr(item, "callspec", None)

@@ -439,6 +439,13 @@ def test_a_kernel_report_goes_on_where_it_stopped() -> None:
     assert both["environment"] == old["environment"]
     with pytest.raises(typer.BadParameter, match="torch: "):
         kernels.resumed(old, {**new, "environment": {**new["environment"], "torch": "9"}}, todo)
+    ours = {**new["environment"], "vllm-polarquant": "another page format"}
+    old["cells"][1]["result"] = {"median": 1.0}
+    assert kernels.resumed(old, new, todo)[1] == todo[2:]
+    both, left = kernels.resumed(old, {**new, "environment": ours}, todo)
+    assert both["cells"] == old["cells"][:1], "ours were of another format"
+    assert left == todo[1:]
+    assert both["environment"]["vllm-polarquant"] == "another page format"
 
 
 def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:

@@ -56,3 +56,16 @@ def test_sizes_of_presets() -> None:
     readme = (ROOT / "README.md").read_text()
     assert f"| **`{DEFAULT_PRESET}`** | {Slot(DEFAULT_PRESET, 128).ratio:.2f} |" in readme
     assert set(re.findall(r"`(polarquant_k[\w.]+)`", readme)) == set(PRESETS)
+
+
+@pytest.mark.parametrize("folder", ["vllm_polarquant", "kernels", "kernels/triton", "kernels/cpu", "eval"])
+def test_the_design_names_every_module(folder: str) -> None:
+    named = set(re.findall(r"(\w+)\.py", (ROOT / "docs/design.md").read_text()))
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert not sorted(modules - named)
+
+
+def test_the_design_names_no_other_module() -> None:
+    folders = ("vllm_polarquant", "kernels", "eval")
+    modules = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert not sorted(set(re.findall(r"\w+\.py", (ROOT / "docs/design.md").read_text())) - modules)

@@ -6,23 +6,26 @@ import json
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from vllm_polarquant.eval import demo, isolate, results, run
 from vllm_polarquant.eval import plan as plans
-from vllm_polarquant.eval import results, run
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.measures import MEASURES, Outcome
 from vllm_polarquant.eval.measures.greedy import same_until
 from vllm_polarquant.eval.measures.next_token import block_error, divergence
 from vllm_polarquant.eval.measures.retrieval import summarise
-from vllm_polarquant.eval.measures.text import token_rows
+from vllm_polarquant.eval.measures.text import encode, token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import SuiteError, load_suite, suite_names
 from vllm_polarquant.eval.worker import reason
@@ -114,6 +117,16 @@ def test_retrieval_is_counted_by_depth_and_pairs() -> None:
         ([20, 30], 0),
         ([60, None], 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("adds", "asked_for", "want"), [(True, True, [7, 97]), (False, True, [7, 97]), (False, False, [97])]
+)
+def test_a_bos_that_a_tokenizer_asks_for_stands_once(adds: bool, asked_for: bool, want: list[int]) -> None:
+    tokenizer = SimpleNamespace(
+        encode=lambda text: [*([7] if adds else []), *map(ord, text)], bos_token_id=7, add_bos_token=asked_for
+    )
+    assert encode(tokenizer, "a") == want
 
 
 class Characters:
@@ -232,6 +245,81 @@ def test_a_result_is_only_that_of_its_own_conditions(
     monkeypatch.setattr(results, "FORMAT_VERSION", 99)
     others.add(results.stem(plan.key("polarquant_k4v4", cell)))
     assert len(others | {name}) == 7
+
+
+NOISY_CHILD = """
+import subprocess, sys, time
+from vllm_polarquant.eval import isolate
+
+def work(job, report):
+    print("not a report")
+    report({"got": job})
+    held = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report({"pid": held.pid})
+    if job == "die":
+        sys.exit(7)
+    time.sleep(600)
+
+isolate.serve(work)
+"""
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for somebody to take note of it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("job", ["die", {"wait": 1}])
+def test_a_child_reports_and_ends_with_all_that_it_started(job: Any, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with isolate.Child([sys.executable, "-c", NOISY_CHILD], job, log=log) as child:
+        assert child.report(60) == {"got": job}
+        held = child.report(60)["pid"]
+        assert not ended(held)
+        if job == "die":
+            with pytest.raises(isolate.Ended) as last:
+                child.report(60)
+            assert last.value.status == child.status == 7
+        else:
+            with pytest.raises(TimeoutError, match="no report in 0 s"):
+                child.report(0.1)
+            assert child.status is None
+    deadline = time.monotonic() + 10
+    while not ended(held) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended(held)
+    assert "not a report" in log.read_text()
+
+
+def test_the_demo_counts_the_positions_where_the_likeliest_token_is_the_same() -> None:
+    def run(likeliest: list[list[int]]) -> demo.Run:
+        return demo.Run("x", 1, 1.0, 1.0, np.array(likeliest), [])
+
+    assert run([[1, 2], [3, 4]]).agreement(run([[1, 2], [3, 5]])) == 0.75
+
+
+def test_the_demo_asks_about_whole_episodes_and_completes_signatures() -> None:
+    asked = demo.questions(60)
+    assert len(asked) == 60
+    contexts = [prompt.rsplit("assert table", 1)[0] for prompt, _, _ in asked]
+    assert [len(set(contexts[i : i + 5])) for i in range(0, 60, 5)] == [1] * 12
+    for prompt in demo.completion_prompts():
+        assert prompt.endswith(":") and prompt.rsplit("\n", 1)[1].lstrip().startswith("def ")
+        assert len(prompt) <= demo.COMPLETION_CHARS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--model", "./nowhere"], "no folder ./nowhere"), (["--text", "nowhere.txt"], "cannot be read")],
+)
+def test_the_demo_names_bad_input(arguments: list[str], words: str) -> None:
+    app = typer.Typer()
+    app.command()(demo.main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and words in result.stderr
 
 
 FAKE_WORKER = """

@@ -458,7 +458,10 @@ def tables(
         if slot.key.rotated
         else (torch.eye(slot.head_dim), torch.ones(slot.head_dim))
     )
-    factors = [signs.float().repeat(rows, 1) for rows in (num_kv_heads, num_kv_heads, 1, 1)]
-    centres = torch.zeros(segments, num_kv_heads, slot.head_dim // 2, dtype=torch.int32)
-    parts = (mixing.float().contiguous(), *factors, *points, *luts, *cells, centres)
-    return Tables(*(part.to(device, copy=True) for part in parts))
+    # One tensor of all four where heads share it: what a kernel has read of it for queries is at hand for
+    # outputs.
+    shared = signs.float()[None].to(device, copy=True)
+    own = [shared if num_kv_heads == 1 else shared.repeat(num_kv_heads, 1) for _ in ("key", "query")]
+    centres = torch.zeros(segments, num_kv_heads, slot.head_dim // 2, dtype=torch.int32, device=device)
+    rest = [part.to(device, copy=True) for part in (*points, *luts, *cells)]
+    return Tables(mixing.float().contiguous().to(device, copy=True), *own, shared, shared, *rest, centres)

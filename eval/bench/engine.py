@@ -25,11 +25,13 @@ from vllm_polarquant.eval.bench.engine_page import TITLE, sections
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
     check_same,
-    dates,
+    continued,
     earlier,
     environment,
     machine,
     query_gpu,
+    same_version,
+    without_ours,
 )
 from vllm_polarquant.eval.report.page import Report, markdown_table, save, write
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
@@ -93,25 +95,21 @@ def kept(old: Report, new: Report) -> Report:
     Raises:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
-    ours = "vllm-polarquant"
 
     def conditions(found: Report) -> dict[str, Any]:
         # As JSON gives it back.
         plan = json.loads(json.dumps(found["plan"]))
         # The shipped model lies elsewhere in a wheel and in a checkout.
         model = {"model": Path(plan["model"]).name}
-        where = machine(found)
-        where.pop(ours, None)
-        return where | {k: v for k, v in plan.items() if k != "limit_s"} | model
+        return without_ours(machine(found)) | {k: v for k, v in plan.items() if k != "limit_s"} | model
 
     check_same(conditions(old), conditions(new))
     runs = old["runs"]
-    if old["environment"].get(ours) != new["environment"].get(ours):
+    if not same_version(old, new):
         runs = {name: run for name, run in runs.items() if name not in PRESETS}
-    version = {k: v for k, v in new["environment"].items() if k == ours}
     return {
         **old,
-        "environment": old["environment"] | version | dates(old, new),
+        "environment": continued(old, new),
         "runs": runs,
         "command": f"{old['command']} && {new['command']}",
     }

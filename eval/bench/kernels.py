@@ -36,11 +36,13 @@ from vllm_polarquant.eval.bench.kernel_page import TITLE, sections
 from vllm_polarquant.eval.report.cells import shown, value
 from vllm_polarquant.eval.report.environment import (
     check_same,
-    dates,
+    continued,
     earlier,
     environment,
     machine,
     query_gpu,
+    same_version,
+    without_ours,
 )
 from vllm_polarquant.eval.report.page import Report, markdown_table, save, write
 from vllm_polarquant.format import PRESETS
@@ -111,16 +113,20 @@ def _print(console: Console, found: Report) -> None:
 def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list[Job]]:
     """`new`, still without cells, behind what an earlier report has measured, and the jobs that it lacks.
 
+    Where our version or page format has changed, only peers' cells stay.
+
     Raises:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
-    check_same(machine(old), machine(new))
+    check_same(without_ours(machine(old)), without_ours(machine(new)))
     cells = [cell for cell in old["cells"] if "median" in cell["result"]]
+    if not same_version(old, new):
+        cells = [cell for cell in cells if cell["name"] not in PRESETS]
     measured = {(cell["op"], cell["label"], cell["name"]) for cell in cells}
     names = old["contenders"] + [name for name in new["contenders"] if name not in old["contenders"]]
     both = {
         **old,
-        "environment": old["environment"] | dates(old, new),
+        "environment": continued(old, new),
         "contenders": names,
         "cells": cells,
         "command": f"{old['command']} && {new['command']}",

@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
     Asks nvidia-smi and not torch, which would take memory on the GPU for this process.
     """
     found = query_gpu() or {"device": f"CPU ({platform.machine()})"}
-    found["vllm-polarquant"] = f"{vllm_polarquant.__version__} (page format {FORMAT_VERSION})"
+    found[OURS] = f"{vllm_polarquant.__version__} (page format {FORMAT_VERSION})"
     for name in ("vllm", "torch", "triton"):
         try:
             found[name] = version(name)
@@ -80,10 +80,25 @@ def machine(found: Report) -> dict[str, Any]:
     return {k: v for k, v in found["environment"].items() if not any(word in k for word in moving)}
 
 
-def dates(before: Report, now: Report) -> dict[str, str]:
-    """The days on which a report was made that goes on with an earlier one, as a part of its environment."""
+OURS = "vllm-polarquant"
+"""What of an environment decides over our own measurements only."""
+
+
+def without_ours(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`machine` but for our version: what peers' measurements depend on."""
+    return {name: value for name, value in found.items() if name != OURS}
+
+
+def same_version(before: Report, now: Report) -> bool:
+    """Whether both reports were made with this package's version and page format."""
+    return bool(before["environment"].get(OURS) == now["environment"].get(OURS))
+
+
+def continued(before: Report, now: Report) -> dict[str, Any]:
+    """The environment of a report that goes on with an earlier one: our version now, and the days of both."""
     days = [*before["environment"]["date"].split(", "), now["environment"]["date"]]
-    return {"date": ", ".join(dict.fromkeys(days))}
+    version = {name: value for name, value in now["environment"].items() if name == OURS}
+    return before["environment"] | version | {"date": ", ".join(dict.fromkeys(days))}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
