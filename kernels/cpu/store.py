@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_polarquant.codec import Tables, by_largest, encode_centred, unpack_centres
+from vllm_polarquant.codec import by_largest, encode_rotated
 from vllm_polarquant.kernels.cpu.threads import use_torch_threads
 from vllm_polarquant.kernels.cpu.vectors import LoopTables, VectorTables, open_cache, regions
-from vllm_polarquant.kernels.cpu.write import store_codes, store_polar
+from vllm_polarquant.kernels.cpu.write import store_codes, store_polar, take_away
 from vllm_polarquant.page import Page
 
 
@@ -31,7 +31,7 @@ def store_kv(
     for x, side, region in zip((key, value), (tables.key, tables.value), regions(page), strict=True):
         x = x[: len(slots)]
         if side.encoder is None:
-            codes, radii = _encode(x, side, tables.tables, segments)
+            codes, radii = _encode(x, side, tables.tables.mixing, segments)
             store_codes(codes.numpy(), radii.numpy(), slots, memory, blocks, region)
         else:
             unit, largest = by_largest(x)
@@ -43,7 +43,7 @@ def store_kv(
 
 
 def _encode(
-    x: torch.Tensor, side: VectorTables, tables: Tables, segments: torch.Tensor
+    x: torch.Tensor, side: VectorTables, mixing: torch.Tensor, segments: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors without a trellis: codes uint8 [T, H, bytes], radii's bytes uint8 [T, H, 2]."""
     if side.vector.kind == "raw":
@@ -52,7 +52,8 @@ def _encode(
         radius = torch.ones(x.shape[:-1], dtype=torch.bfloat16)
     else:
         unit, largest = by_largest(x)
-        words = tables.centres[segments.clamp_max(len(tables.centres) - 1)]
-        centre = unpack_centres(words, x.dtype)
-        radius, codes = encode_centred((unit * side.factors) @ tables.mixing.T, largest, centre, side.vector)
+        rotated, centred = (unit * side.factors) @ mixing.T, torch.empty(largest.shape, dtype=torch.bool)
+        take_away(rotated.numpy(), largest.numpy(), segments.numpy(), side.centres, centred.numpy())
+        radius, codes = encode_rotated(rotated, largest, side.vector)
+        radius = torch.where(centred, -radius, radius)
     return codes, radius.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))

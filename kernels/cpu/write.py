@@ -167,6 +167,24 @@ def store_polar(
 
 
 @njit(cache=True, parallel=True)
+def take_away(rotated, largest, segments, centres, centred):
+    """Take centres from the vectors that are shorter without, in place, and say which: bool [T, H].
+
+    The other arguments are those of `store_polar`.
+    """
+    tokens, heads, d = rotated.shape
+    for task in prange(tokens * heads):
+        token, head = task // heads, task % heads
+        centred[token, head] = False
+        if largest[token, head] > 0:
+            left = np.empty(d, np.float32)
+            scale = np.float32(1) / largest[token, head]
+            if _take_away(rotated[token, head], scale, centres, segments[token], head, left):
+                rotated[token, head] = left
+                centred[token, head] = True
+
+
+@njit(cache=True, parallel=True)
 def store_codes(codes, radii, slots, memory, blocks, region):
     """Codes u8 [T, H, bytes] and bytes of radii u8 [T, H, 2] to the slots int64 [T] that are >= 0."""
     tokens, heads, code_bytes = codes.shape
