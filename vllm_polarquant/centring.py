@@ -69,7 +69,7 @@ class Rope(NamedTuple):
         return self._turned(x, cos / norm, -sin / norm)
 
     def segment_means(self, x: torch.Tensor) -> torch.Tensor:
-        """x float64 [H, d] at position 0 -> [segments, H, d], averages of x turned to a segment's positions."""
+        """x float64 [H, d] at position 0 -> [segments, H, d], averages of x at a segment's positions."""
         cos, sin = self.means[:, None].chunk(2, -1)
         return self._turned(x.expand(len(cos), -1, -1), cos, sin)
 

@@ -23,7 +23,6 @@ from vllm_polarquant.centring import Rope, centre_keys, fill, fingerprint
 from vllm_polarquant.codec import Tables
 from vllm_polarquant.format import PRESETS, SEGMENT
 from vllm_polarquant.kernels.ops import Batch
-from vllm_polarquant.support import ranges
 
 logger = init_logger("vllm.polarquant")
 
