@@ -10,15 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_polarquant.format import SEGMENT
 from vllm_polarquant.kernels.triton.constants import RAW
 from vllm_polarquant.kernels.triton.lanes import (
     follow_maximum,
     for_maximum,
+    get_bonus,
     hadamard,
     load_words,
     mma,
     pack_halves,
     place_half,
+    put_bonuses,
     shuffle_int,
     transpose_halves,
     unpack_halves,
@@ -26,12 +29,17 @@ from vllm_polarquant.kernels.triton.lanes import (
 from vllm_polarquant.kernels.triton.launch import table_layout
 from vllm_polarquant.kernels.triton.page_io import (
     RADIUS_STRIDE,
+    is_centred,
     link,
     load_share,
     page_pointer,
     point,
     radii,
+    segment_centres,
 )
+
+SEGMENT_CHUNKS = tl.constexpr(SEGMENT // 16)
+"""Chunks of 16 tokens in a segment."""
 
 _MARGIN = tl.constexpr(8.0)
 """Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
@@ -68,10 +76,12 @@ def _attend(
     token,
     first_seen,
     scale_log2,
+    bonuses,
     key_lut,
     value_lut,
     lane,
     SETS: tl.constexpr,
+    CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     FROM_START: tl.constexpr,
     PAGE: tl.constexpr,
@@ -86,6 +96,7 @@ def _attend(
     and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the position before which query t may see tokens, then that before which tokens are
     stored.
+    bonuses: for each set what a key's centre adds to its logit for query t, in powers of two, if CENTRED.
     token: position of the first of the 16. first_seen: the first position that is seen, unless FROM_START.
     """
     KEYS: tl.constexpr = PAGE.keys
@@ -120,6 +131,8 @@ def _attend(
         scores = ()
         for half in tl.static_range(2):
             score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
+            if CENTRED:
+                score += tl.where(is_centred(stored[half]), bonuses[k], 0.0)
             if MASKED:
                 seen = _inside(key_token + 8 * half, first_seen, limits[k], FROM_START)
                 score = tl.where(seen, score, float("-inf"))
@@ -243,6 +256,44 @@ def _blocks(table, chunk, tile, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.
 
 
 @triton.jit
+def _centre_products(
+    query,
+    centres,
+    first_segment,
+    num_segments,
+    kv_head,
+    group,
+    member,
+    scale_log2,
+    CENTRES_PER_SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Logits, in powers of two, of 16 segments' centres: of rows g and g + 8, two query columns each."""
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    ALIGN: tl.constexpr = 8 if PAIRS % 2 == 0 else 4
+    rows = ()
+    for half in tl.static_range(2):
+        segment = first_segment + group + 8 * half
+        own = segment_centres(centres, segment, num_segments, kv_head, CENTRES_PER_SEGMENT, PAGE.head_dim)
+        rows = rows + (own + member * PAIRS,)
+    zero = tl.zeros(group.shape, tl.float32)
+    product = (zero, zero, zero, zero)
+    for step in tl.static_range(PAGE.head_dim // 16):
+        # Two words at a time, as registers are few.
+        upper = load_words(rows[0] + 2 * step, 2, ALIGN)
+        lower = load_words(rows[1] + 2 * step, 2, ALIGN)
+        left = (upper[0], lower[0], upper[1], lower[1])
+        product = mma(product, left, query[2 * step : 2 * step + 2], DTYPE)
+    return (
+        product[0] * scale_log2,
+        product[1] * scale_log2,
+        product[2] * scale_log2,
+        product[3] * scale_log2,
+    )
+
+
+@triton.jit
 def read(
     thread,
     query,
@@ -262,18 +313,23 @@ def read(
     kv_head,
     key_lut,
     value_lut,
+    centres,
+    num_segments,
     scale_log2,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     FROM_START: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
+    BONUSES: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
 
     table: the request's row of the block table. first_seen: the first position that is seen, 0 if FROM_START.
     first_token, count: the request's queries. first_row: the first of the rows that this program takes.
+    BONUSES: where in shared memory those of centres go.
     """
     DTYPE: tl.constexpr = query.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
@@ -323,12 +379,24 @@ def read(
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
     tl.debug_barrier()
 
-    for first in tl.range(0, total_tiles, 32):
+    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
+    # So many tiles that they lie in 16 segments.
+    STEP: tl.constexpr = 30 if CENTRED else 32
+    tl.static_assert(not CENTRED or STEP * WARPS + 15 < 16 * SEGMENT_CHUNKS)
+    for first in tl.range(0, total_tiles, STEP):
         blocks = coming_blocks
-        coming_blocks = _blocks(table, start + warp, first + 33, lane, last, WARPS, PAGE.block_size)
+        coming_blocks = _blocks(table, start + warp, first + STEP + 1, lane, last, WARPS, PAGE.block_size)
+        first_segment = (start + first * WARPS) // SEGMENT_CHUNKS
+        products = ()
+        if CENTRED:
+            products = _centre_products(
+                operands, centres, first_segment, num_segments, kv_head, group, member, scale_log2,
+                CENTRES_PER_SEGMENT, PAGE, DTYPE,
+            )  # fmt: skip
+            put_bonuses(products, thread, SETS, BONUSES)
         for PHASE in tl.static_range(1 if FROM_START else 0, 3):
             begin = tl.maximum(first, 0 if PHASE == 0 else (head if PHASE == 1 else tl.maximum(whole, head)))
-            stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
+            stop = tl.minimum(first + STEP, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
             for tile in tl.range(begin, stop):
                 chunk = start + warp + tile * WARPS
                 block = shuffle_int(blocks, tile - first)
@@ -338,9 +406,14 @@ def read(
                 bounds = ()
                 for k in tl.static_range(SETS + 1):
                     bounds = bounds + (tl.where(chunk < end, limits[k], 0),)
+                bonuses = ()
+                if CENTRED:
+                    for k in tl.static_range(SETS):
+                        segment = chunk // SEGMENT_CHUNKS - first_segment
+                        bonuses = bonuses + (get_bonus(products, segment, thread, k, SETS, BONUSES),)
                 state = _attend(
-                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, key_lut,
-                    value_lut, lane, SETS, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
+                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, bonuses, key_lut,
+                    value_lut, lane, SETS, CENTRED, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state

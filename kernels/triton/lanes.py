@@ -606,6 +606,42 @@ def _get(address, FIRST: tl.constexpr):
     )
 
 
+@triton.constexpr_function
+def bonus_bytes(warps, sets):
+    """Shared memory that `put_bonuses` takes."""
+    return warps * 16 * sets * 16
+
+
+@triton.jit
+def put_bonuses(values, thread, SETS: tl.constexpr, FIRST: tl.constexpr):
+    """Let each warp keep, in shared memory from FIRST on, 16 rows of numbers for its queries.
+
+    values: float32, two for each of rows g and g + 8, as `mma` has them: of queries member, first and second
+    set.
+    """
+    if not _INTERPRET:
+        lane = thread % 32
+        place = (thread // 32 * (16 * SETS) + lane // 4 * SETS) * 16 + lane % 4 * 4
+        for half in tl.static_range(2):
+            for k in tl.static_range(SETS):
+                _put(place, values[2 * half + k], FIRST + (8 * SETS * half + k) * 16)
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff;\nmov.u32 $0, 0;", "=r,r", [thread],
+            dtype=tl.uint32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def get_bonus(values, row, thread, SET: tl.constexpr, SETS: tl.constexpr, FIRST: tl.constexpr):
+    """What put_bonuses(values, ...) kept in row `row`, 0 to 15, the same for a warp, for query `member`."""
+    if _INTERPRET:
+        source = thread // 32 * 32 + row % 8 * 4 + thread % 4
+        return tl.where(row < 8, tl.gather(values[SET], source, 0), tl.gather(values[2 + SET], source, 0))
+    else:
+        place = (thread // 32 * (16 * SETS) + row * SETS) * 16 + thread % 4 * 4
+        return _get(place, FIRST + SET * 16)
+
+
 @triton.jit
 def of_all_warps(x, thread, FIRST: tl.constexpr):
     """x, float32, of the same lane of each warp, as a tuple; shared memory from FIRST on must be free."""
