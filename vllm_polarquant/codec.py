@@ -389,9 +389,9 @@ class Tables(NamedTuple):
     it becomes ``(q * query_factors[h]) @ mixing.T``; values likewise with value_factors, and outputs
     ``(o @ mixing) * output_factors``. Keys' and queries' factors multiply to 1, as do values' and outputs'.
 
-    From a key at position p the centre of segment ``min(p // SEGMENT, segments - 1)`` is taken away where that
-    makes it shorter (`encode_centred`), and readers add it: to its logit, the product of query and centre.
-    Raw keys have none.
+    From a key at position p the centre of segment ``min(p // SEGMENT, segments - 1)`` is taken away where
+    that makes it shorter (`encode_centred`), and readers add it: to its logit, the product of query and
+    centre. Raw keys have none.
 
     mixing: float32 [d, d], orthogonal: of the codec's rotation, or the identity for raw vectors.
     key_factors, query_factors: float32 [1 or kv heads, d].

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_polarquant.attention import Attention
 from vllm_polarquant import codec
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables, by_largest, decode_centred, encode_centred, unpack_centres
 from vllm_polarquant.format import SEGMENT, VectorFormat
 from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE, Page, dense_block_stride
@@ -177,9 +177,10 @@ def read_kv(
     dtype: torch.dtype,
     tables: Tables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one request's first tokens, centres added: block_table int32 [blocks] -> K, V float64 [length, H, d].
+    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float64 [length, H, d].
 
-    dtype: the model's, in which raw vectors are stored. tables: of the layer; None for codec.tables.
+    Keys are whole: their centres are added. dtype: the model's, in which raw vectors are stored. tables: of
+    the layer; None for codec.tables.
     """
     tables = tables or codec.tables(page.slot, dtype, cache.device)
     views = page_views(cache, page, order)
