@@ -440,7 +440,8 @@ def tables(
 
     Factors are those of the codec's rotation, the same for all kv heads, and centres are zeros.
 
-    num_kv_heads: rows of keys' and queries' factors, and of centres; 1 serves any number of kv heads.
+    num_kv_heads: rows of keys' and queries' factors, and of centres; 1 serves any number of kv heads, but
+        then all factors are one tensor, which is not to be written to.
     segments: of centres.
     """
     polar = [vector.kind == "polar" for vector in (slot.key, slot.value)]
@@ -464,4 +465,5 @@ def tables(
     own = [shared if num_kv_heads == 1 else shared.repeat(num_kv_heads, 1) for _ in ("key", "query")]
     centres = torch.zeros(segments, num_kv_heads, slot.head_dim // 2, dtype=torch.int32, device=device)
     rest = [part.to(device, copy=True) for part in (*points, *luts, *cells)]
-    return Tables(mixing.float().contiguous().to(device, copy=True), *own, shared, shared, *rest, centres)
+    mixing = mixing.float().contiguous().to(device, copy=True)
+    return Tables(*[mixing, *own, shared, shared, *rest, centres])
