@@ -48,9 +48,7 @@ def centres_keys(config: VllmConfig) -> bool:
     given = config.additional_config
     section = given.get(SECTION, {}) if isinstance(given, Mapping) else {}
     if not isinstance(section, Mapping) or set(section) - {SWITCH}:
-        raise ValueError(
-            f"--additional-config: {SECTION!r} holds {SWITCH!r} and nothing else, got {section!r}"
-        )
+        raise ValueError(f"--additional-config: {SECTION} holds {SWITCH} and nothing else, got {section!r}")
     wanted = section.get(SWITCH, True)
     if not isinstance(wanted, bool):
         raise ValueError(f"--additional-config: {SECTION}.{SWITCH} must be true or false, got {wanted!r}")
