@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,13 +58,23 @@ def dense_torch(
     return out, lse
 
 
+def _flash(query: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's FlashAttention, which only prefills need vLLM for."""
+    from vllm_polarquant.flash import flash_attention
+
+    return _flash_of(flash_attention, query.shape[-1])(query, *given, **named)
+
+
+@cache
+def _flash_of(make: Callable[[int], DenseAttention], head_dim: int) -> DenseAttention:
+    return make(head_dim)
+
+
 def of_device(shape: LayerShape, limits: Limits) -> Operations:
     """The operations that serve on a GPU; off it, the same kernels under Triton's interpreter if it is on."""
     dense: DenseAttention = dense_torch
     if shape.device.type != "cpu":
-        from vllm_polarquant.flash import flash_attention
-
-        dense = flash_attention(shape.slot.head_dim)
+        dense = _flash
     elif os.environ.get("TRITON_INTERPRET") == "1":
         from vllm_polarquant.kernels.triton.ops import TritonOperations
 
