@@ -329,8 +329,8 @@ def centred() -> dict[str, Any]:
     for name in ("chunks", "short"):
         found[name]["difference"] = _difference(found[name], found["first"])
     with _engine(preset, **options) as llm, _engine("polarquant_k2v2", **options) as other:
-        right = _ask(llm, 1000, 5)["right"]
-        found["together"] = _centring(llm) | {"right": right, "apart": _centring(other) is not None}
+        found["together"] = _centring(llm) | {"apart": _centring(other)["tables"]}
+        found["together"]["right"] = _ask(llm, 1000, 5)["right"]
     print("engine off", flush=True)
     with _engine(preset, **options, additional_config=json.loads(OFF)) as llm:
         found["off"] = _centring(llm)

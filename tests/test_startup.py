@@ -326,7 +326,8 @@ def test_small_batches_and_contexts_are_centred_too(centred: dict[str, Any]) -> 
 @pytest.mark.slow
 def test_two_engines_at_once_have_tables_of_their_own(centred: dict[str, Any]) -> None:
     assert centred["together"]["tables"] == centred["first"]["tables"]
-    assert centred["together"]["apart"]
+    # k2v2's keys are scaled and centred alike, as the pass does not go through codes.
+    assert centred["together"]["apart"] == centred["first"]["tables"]
     assert all(centred["together"]["right"])
 
 
