@@ -39,7 +39,8 @@ POINTERS = {
     "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32", "key_lut": "*i32",
     "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16",
     "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
-    "begin_words": "*i32", "items": "*i32", "centres": "*i32", "segments": "*i32", "lengths_cu": "*i32", "key_out": "*bf16", "value_out": "*bf16",
+    "begin_words": "*i32", "items": "*i32", "centres": "*i32", "segments": "*i32", "lengths_cu": "*i32",
+    "key_out": "*bf16", "value_out": "*bf16",
 }  # fmt: skip
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 

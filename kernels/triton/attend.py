@@ -256,34 +256,35 @@ def _blocks(table, chunk, tile, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.
 
 
 @triton.jit
-def _centre_products(
-    query,
+def _load_centres(
     centres,
-    first_segment,
+    segment,
     num_segments,
     kv_head,
-    group,
     member,
-    scale_log2,
     CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
-    DTYPE: tl.constexpr,
 ):
-    """Logits, in powers of two, of 16 segments' centres: of rows g and g + 8, two query columns each."""
+    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth one after, as words."""
     PAIRS: tl.constexpr = PAGE.head_dim // 8
-    ALIGN: tl.constexpr = 8 if PAIRS % 2 == 0 else 4
-    rows = ()
+    ALIGN: tl.constexpr = 16 if PAIRS % 4 == 0 else 8
+    words = ()
     for half in tl.static_range(2):
-        segment = first_segment + group + 8 * half
-        own = segment_centres(centres, segment, num_segments, kv_head, CENTRES_PER_SEGMENT, PAGE.head_dim)
-        rows = rows + (own + member * PAIRS,)
-    zero = tl.zeros(group.shape, tl.float32)
+        own = segment_centres(
+            centres, segment + 8 * half, num_segments, kv_head, CENTRES_PER_SEGMENT, PAGE.head_dim
+        )
+        words = words + load_words(own + member * PAIRS, PAIRS, ALIGN)
+    return words
+
+
+@triton.jit
+def _centre_products(query, words, scale_log2, PAGE: tl.constexpr, DTYPE: tl.constexpr):
+    """Logits, in powers of two, of a warp's 16 centres of `_load_centres`, as `mma` has them."""
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    zero = tl.zeros(words[0].shape, tl.float32)
     product = (zero, zero, zero, zero)
     for step in tl.static_range(PAGE.head_dim // 16):
-        # Two words at a time, as registers are few.
-        upper = load_words(rows[0] + 2 * step, 2, ALIGN)
-        lower = load_words(rows[1] + 2 * step, 2, ALIGN)
-        left = (upper[0], lower[0], upper[1], lower[1])
+        left = (words[2 * step], words[PAIRS + 2 * step], words[2 * step + 1], words[PAIRS + 2 * step + 1])
         product = mma(product, left, query[2 * step : 2 * step + 2], DTYPE)
     return (
         product[0] * scale_log2,
@@ -363,6 +364,21 @@ def read(
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, PAGE.block_size)
     page = page_pointer(cache, block, kv_head, block_stride, PAGE)
     fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
+    # Each warp works out what 16 segments' centres add to logits, for all; after so many tiles the next ones.
+    ROUND: tl.constexpr = (16 * WARPS * SEGMENT_CHUNKS - SEGMENT_CHUNKS + 1) // WARPS // 32 * 32
+    first_segment = start // SEGMENT_CHUNKS
+    centre_words = ()
+    if CENTRED:
+        centre_words = _load_centres(
+            centres,
+            first_segment + 16 * warp + group,
+            num_segments,
+            kv_head,
+            member,
+            CENTRES_PER_SEGMENT,
+            PAGE,
+        )
     column = group // 2
     if SETS == 2:
         column += 4 * (group % 2)
@@ -377,26 +393,29 @@ def read(
         row = first_row + 4 * k + member
         limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
+    products = (zero, zero, zero, zero)
+    if CENTRED:
+        products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+        put_bonuses(products, thread, SETS, BONUSES)
     tl.debug_barrier()
 
-    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
-    # So many tiles that they lie in 16 segments.
-    STEP: tl.constexpr = 30 if CENTRED else 32
-    tl.static_assert(not CENTRED or STEP * WARPS + 15 < 16 * SEGMENT_CHUNKS)
-    for first in tl.range(0, total_tiles, STEP):
+    for first in tl.range(0, total_tiles, 32):
         blocks = coming_blocks
-        coming_blocks = _blocks(table, start + warp, first + STEP + 1, lane, last, WARPS, PAGE.block_size)
-        first_segment = (start + first * WARPS) // SEGMENT_CHUNKS
-        products = ()
+        coming_blocks = _blocks(table, start + warp, first + 33, lane, last, WARPS, PAGE.block_size)
         if CENTRED:
-            products = _centre_products(
-                operands, centres, first_segment, num_segments, kv_head, group, member, scale_log2,
-                CENTRES_PER_SEGMENT, PAGE, DTYPE,
-            )  # fmt: skip
-            put_bonuses(products, thread, SETS, BONUSES)
+            if (first > 0) & (first % ROUND == 0):
+                tl.debug_barrier()
+                first_segment = (start + first * WARPS) // SEGMENT_CHUNKS
+                centre_words = _load_centres(
+                    centres, first_segment + 16 * warp + group, num_segments, kv_head, member,
+                    CENTRES_PER_SEGMENT, PAGE,
+                )  # fmt: skip
+                products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+                put_bonuses(products, thread, SETS, BONUSES)
+                tl.debug_barrier()
         for PHASE in tl.static_range(1 if FROM_START else 0, 3):
             begin = tl.maximum(first, 0 if PHASE == 0 else (head if PHASE == 1 else tl.maximum(whole, head)))
-            stop = tl.minimum(first + STEP, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
+            stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
             for tile in tl.range(begin, stop):
                 chunk = start + warp + tile * WARPS
                 block = shuffle_int(blocks, tile - first)

@@ -614,10 +614,10 @@ def bonus_bytes(warps, sets):
 
 @triton.jit
 def put_bonuses(values, thread, SETS: tl.constexpr, FIRST: tl.constexpr):
-    """Let each warp keep, in shared memory from FIRST on, 16 rows of numbers for its queries.
+    """Keep, in shared memory from FIRST on, 16 rows a warp of numbers for queries.
 
-    values: float32, two for each of rows g and g + 8, as `mma` has them: of queries member, first and second
-    set.
+    values: float32, two for each of rows 16 * warp + g and 8 more, as `mma` has them: of queries `member` of
+    two sets. A tl.debug_barrier() must follow before a get_bonus.
     """
     if not _INTERPRET:
         lane = thread % 32
@@ -625,21 +625,17 @@ def put_bonuses(values, thread, SETS: tl.constexpr, FIRST: tl.constexpr):
         for half in tl.static_range(2):
             for k in tl.static_range(SETS):
                 _put(place, values[2 * half + k], FIRST + (8 * SETS * half + k) * 16)
-        tl.inline_asm_elementwise(
-            "bar.warp.sync 0xffffffff;\nmov.u32 $0, 0;", "=r,r", [thread],
-            dtype=tl.uint32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
 def get_bonus(values, row, thread, SET: tl.constexpr, SETS: tl.constexpr, FIRST: tl.constexpr):
-    """What put_bonuses(values, ...) kept in row `row`, 0 to 15, the same for a warp, for query `member`."""
+    """What put_bonuses(values, ...) kept in each thread's row for query `member` of a set."""
     if _INTERPRET:
-        source = thread // 32 * 32 + row % 8 * 4 + thread % 4
-        return tl.where(row < 8, tl.gather(values[SET], source, 0), tl.gather(values[2 + SET], source, 0))
+        source = row // 16 * 32 + row % 8 * 4 + thread % 4
+        upper, lower = tl.gather(values[SET], source, 0), tl.gather(values[2 + SET], source, 0)
+        return tl.where(row % 16 < 8, upper, lower)
     else:
-        place = (thread // 32 * (16 * SETS) + row * SETS) * 16 + thread % 4 * 4
-        return _get(place, FIRST + SET * 16)
+        return _get(row * (SETS * 16) + thread % 4 * 4, FIRST + SET * 16)
 
 
 @triton.jit
