@@ -265,7 +265,7 @@ def _load_centres(
     CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth one after, as words."""
+    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth after, as words."""
     PAIRS: tl.constexpr = PAGE.head_dim // 8
     ALIGN: tl.constexpr = 16 if PAIRS % 4 == 0 else 8
     words = ()
