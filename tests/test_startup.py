@@ -139,7 +139,7 @@ def test_a_sample_collects_chunks_and_attends_exactly(sizes: list[int]) -> None:
     start = 0
     for size in sizes:
         rows = slice(start, start + size)
-        # A decode that is not the request's next chunk, and a batch of several requests.
+        # What leaves a gap, and a batch of several requests.
         assert not sample.attend(query, key, value, batch(start + 7, 1, decode=True), query)
         assert not sample.attend(query, key, value, batch(start, size, requests=2), query)
         out = torch.full((size + 3, 4, 64), torch.nan).bfloat16()
@@ -161,6 +161,46 @@ def test_a_sample_collects_chunks_and_attends_exactly(sizes: list[int]) -> None:
     torch.testing.assert_close(power, query[:100].float().square().sum(0))
     assert sample.done
     assert not sample.attend(query, key, value, batch(start, 1, decode=True), query)
+
+
+def test_a_draft_models_own_tokens_are_replaced_by_the_next_chunk() -> None:
+    query, key, value = (torch.randn(60, heads, 64).bfloat16() for heads in (4, 2, 2))
+    own = torch.randn(4, 2, 64).bfloat16()
+    finished: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sample = Sample(50, Attention(0.3), lambda *given: finished.append(given))
+    out = torch.empty(60, 4, 64).bfloat16()
+    # A chunk of 30 and the sampled token, two more steps, and the next chunk.
+    sample.attend(query[:31], torch.cat([key[:30], own[:1]]), value[:31], batch(0, 31), out[:31])
+    for step in (1, 2):
+        mine = slice(30 + step, 31 + step)
+        sample.attend(query[mine], own[step : step + 1], value[mine], batch(30 + step, 1, True), out[mine])
+    want = reference.dense_attention(query[30:60], key, value, torch.arange(30, 60), Attention(0.3)).out
+    assert sample.attend(query[30:60], key[30:60], value[30:60], batch(30, 30), out[30:60])
+    ((keys, power),) = finished
+    assert torch.equal(keys, key[:50])
+    torch.testing.assert_close(power, query[:50].float().square().sum(0))
+    torch.testing.assert_close(out[30:60].double(), want, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batched", "scheduled", "lookahead", "slots", "chunk"),
+    [
+        (512, None, 0, 0, 512),
+        (512, 512, 3, 4, 508),
+        (512, 100, 3, 0, 100),
+        (8, 8, 7, 7, 1),
+        (1, None, 0, 0, 1),
+    ],
+)
+def test_a_chunk_leaves_room_for_drafts(
+    batched: int, scheduled: int | None, lookahead: int, slots: int, chunk: int
+) -> None:
+    vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=batched, max_num_scheduled_tokens=scheduled),
+        speculative_config=SimpleNamespace(max_num_new_slots_for_drafting=slots) if slots else None,
+        num_lookahead_tokens=lookahead,
+    )
+    assert request._chunk(vllm_config) == chunk
 
 
 def test_blocks_are_those_that_vllm_would_give() -> None:

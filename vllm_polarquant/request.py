@@ -61,8 +61,7 @@ def room(worker: Any, tokens: int) -> int:
 
 def run(worker: Any, token_ids: list[int]) -> None:
     """Prefill a request of `room` tokens at most, in as many chunks as a batch asks for, and forget it."""
-    limits = worker.vllm_config.scheduler_config
-    chunk = min(limits.max_num_batched_tokens, getattr(limits, "max_num_scheduled_tokens", None) or 1 << 30)
+    chunk = _chunk(worker.vllm_config)
     with _undisturbed(worker):
         for start in range(0, len(token_ids), chunk):
             count = min(chunk, len(token_ids) - start)
@@ -83,6 +82,14 @@ def run(worker: Any, token_ids: list[int]) -> None:
 
 def _lookahead(config: Any) -> int:
     return config.num_lookahead_tokens
+
+
+def _chunk(config: Any) -> int:
+    """Tokens of a batch, less those that a draft model adds to it."""
+    limits = config.scheduler_config
+    added = max(_lookahead(config), getattr(config.speculative_config, "max_num_new_slots_for_drafting", 0))
+    scheduled = getattr(limits, "max_num_scheduled_tokens", None) or limits.max_num_batched_tokens
+    return max(1, min(limits.max_num_batched_tokens - added, scheduled))
 
 
 def _blocks(worker: Any, tokens: int) -> list[int]:

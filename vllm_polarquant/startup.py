@@ -86,6 +86,7 @@ class Sample:
     ) -> None:
         self.length, self.attention, self.finish = length, attention, finish
         self.done = False
+        self._collected = 0
         self._key: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
         self._power: torch.Tensor | None = None
@@ -100,27 +101,30 @@ class Sample:
     ) -> bool:
         """Take the next chunk, if it is that. Whether its attention was written to output."""
         tokens = batch.num_tokens
-        have = 0 if self._key is None else len(self._key)
-        one_request = batch.num_decodes + batch.num_prefills == 1
-        if self.done or not one_request or int(batch.seq_lens[0]) != have + tokens:
+        if self.done or batch.num_decodes + batch.num_prefills != 1:
+            return False
+        start = int(batch.seq_lens[0]) - tokens
+        if not 0 <= start <= self._collected:
             return False
         query, key, value = query[:tokens], key[:tokens], value[:tokens]
-        # Queries in 32 bits: only their power counts.
-        power = query[: self.length - have].float().square().sum(0)
+        # A draft model goes beyond each chunk with tokens of its own, and comes back for the next one. Powers
+        # of queries are summed once a position, in 32 bits.
+        power = query[self._collected - start : self.length - start].float().square().sum(0)
         # A model may write its next layer's over keys that are kept.
-        self._key = key.clone() if self._key is None else torch.cat([self._key, key])
-        self._value = value.clone() if self._value is None else torch.cat([self._value, value])
+        self._key = key.clone() if self._key is None else torch.cat([self._key[:start], key])
+        self._value = value.clone() if self._value is None else torch.cat([self._value[:start], value])
         self._power = power if self._power is None else self._power + power
+        self._collected = max(self._collected, start + tokens)
         # A first chunk attends to its own keys as they are, unless it passes for a decode.
-        written = bool(have or batch.num_decodes)
+        written = bool(start or batch.num_decodes)
         if written:
-            position = torch.arange(have, have + tokens, device=query.device)
-            for rows in position.split(_QUERIES_AT_ONCE):
-                mine = slice(int(rows[0]) - have, int(rows[-1]) - have + 1)
+            position = torch.arange(start, start + tokens, device=query.device)
+            for first in range(0, tokens, _QUERIES_AT_ONCE):
+                rows = slice(first, first + _QUERIES_AT_ONCE)
                 attended = reference.dense_attention(
-                    query[mine], self._key, self._value, rows, self.attention
+                    query[rows], self._key, self._value, position[rows], self.attention
                 )
-                output[mine] = attended.out.to(output.dtype)
+                output[:tokens][rows] = attended.out.to(output.dtype)
             output[tokens:] = 0
         if len(self._key) >= self.length:
             self.done = True

@@ -17,11 +17,17 @@ _NO_MASS = np.float32(-1e30)
 
 @njit(cache=True)
 def _load_radii(memory, start, count, bits, centred):
-    """bfloat16 radii at `start` as bits of float32, uint32 [count], and their sign bits, bool [count]."""
+    """bfloat16 radii at `start` as bits of float32, uint32 [count], and sign bits, uint32 [count], 0 if unset.
+
+    Returns whether any is set.
+    """
+    some = np.uint32(0)
     for t in range(count):
         at = start + RADIUS_STRIDE * t
         bits[t] = np.uint32(memory[at]) << np.uint32(16) | np.uint32(memory[at + 1] & 0x7F) << np.uint32(24)
-        centred[t] = memory[at + 1] >= 0x80
+        centred[t] = np.uint32(memory[at + 1] & 0x80)
+        some |= centred[t]
+    return some != 0
 
 
 @njit(cache=True)
@@ -124,7 +130,7 @@ def attend(
         radius_bits = np.empty(_TILE, np.uint32)
         radii = radius_bits.view(np.float32)
         weights = np.empty((max(rows, 1), _TILE), np.float32)
-        centred = np.empty(_TILE, np.bool_)
+        centred = np.empty(_TILE, np.uint32)
         centre = np.empty(d, np.float32)
         # What a row's logits of centred keys lack.
         missing = np.empty(max(rows, 1), np.float32)
@@ -147,7 +153,9 @@ def attend(
                     missing[row] = dot
             at = page + key_region.codes + inside * key.code_bytes
             _load_tile(memory[at : at + step * key.code_bytes], step, key, points, bits)
-            _load_radii(memory, page + key_region.radii + inside * RADIUS_STRIDE, step, radius_bits, centred)
+            some = _load_radii(
+                memory, page + key_region.radii + inside * RADIUS_STRIDE, step, radius_bits, centred
+            )
             for row in range(rows):
                 token, member = row // group, row % group
                 q = query[first + token, head * group + member]
@@ -156,8 +164,9 @@ def attend(
                     for j in range(d):
                         dot += q[j] * tile[t, j]
                     weights[row, t] = dot * radii[t]
-                    if centred[t]:
-                        weights[row, t] += missing[row]
+                if some:
+                    for t in range(step):
+                        weights[row, t] += missing[row] if centred[t] else np.float32(0)
                 for t in range(min(visible - start, step)):
                     weights[row, t] = _NO_MASS
                 for t in range(max(0, length - count + token + 1 - start), step):
@@ -237,7 +246,7 @@ def gather(block_table, start, memory, blocks, reader, region, centres, out):
         unit = bits.view(np.float32)
         radius_bits = np.empty(1, np.uint32)
         radius = radius_bits.view(np.float32)
-        centred = np.empty(1, np.bool_)
+        centred = np.empty(1, np.uint32)
         centre = np.empty(d, np.float32)
         position = start + i
         block = np.int64(block_table[position // blocks.tokens])
@@ -246,10 +255,10 @@ def gather(block_table, start, memory, blocks, reader, region, centres, out):
             page = block * blocks.stride + head * blocks.page_bytes
             at = page + region.codes + inside * reader.code_bytes
             _load_tile(memory[at : at + reader.code_bytes], 1, reader, points, bits)
-            _load_radii(memory, page + region.radii + inside * RADIUS_STRIDE, 1, radius_bits, centred)
+            some = _load_radii(memory, page + region.radii + inside * RADIUS_STRIDE, 1, radius_bits, centred)
             for j in range(d):
                 out[i, head, j] = unit[0, j] * radius[0]
-            if centred[0]:
+            if some:
                 _load_centre(centres, min(position // SEGMENT, len(centres.words) - 1), head, centre)
                 for j in range(d):
                     out[i, head, j] += centre[j]
