@@ -17,9 +17,9 @@ _NO_MASS = np.float32(-1e30)
 
 @njit(cache=True)
 def _load_radii(memory, start, count, bits, centred):
-    """bfloat16 radii at `start` as bits of float32, uint32 [count], and sign bits, uint32 [count], 0 if unset.
+    """bfloat16 radii at `start` as bits of float32, uint32 [count]; returns whether any sign bit is set.
 
-    Returns whether any is set.
+    centred: uint32 [count], not 0 where one is.
     """
     some = np.uint32(0)
     for t in range(count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm_polarquant.codec import by_largest, encode_rotated
@@ -31,8 +32,8 @@ def store_kv(
     for x, side, region in zip((key, value), (tables.key, tables.value), regions(page), strict=True):
         x = x[: len(slots)]
         if side.encoder is None:
-            codes, radii = _encode(x, side, tables.tables.mixing, segments)
-            store_codes(codes.numpy(), radii.numpy(), slots, memory, blocks, region)
+            codes, radii, centred = _encode(x, side, tables.tables.mixing, segments)
+            store_codes(codes.numpy(), radii.numpy(), centred, slots, memory, blocks, region)
         else:
             unit, largest = by_largest(x)
             rotated = (unit * side.factors) @ tables.tables.mixing.T
@@ -44,16 +45,16 @@ def store_kv(
 
 def _encode(
     x: torch.Tensor, side: VectorTables, mixing: torch.Tensor, segments: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors without a trellis: codes uint8 [T, H, bytes], radii's bytes uint8 [T, H, 2]."""
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Codes without a trellis uint8 [T, H, bytes], radii's bytes uint8 [T, H, 2], signs, bool [T, H]."""
+    centred = np.zeros(x.shape[:-1], np.bool_)
     if side.vector.kind == "raw":
         # Not mixed, as a sum of NaN would reach every coordinate; the mixing of raw vectors is the identity.
         codes = (x * side.factors).to(x.dtype).view(torch.uint8)
         radius = torch.ones(x.shape[:-1], dtype=torch.bfloat16)
     else:
         unit, largest = by_largest(x)
-        rotated, centred = (unit * side.factors) @ mixing.T, torch.empty(largest.shape, dtype=torch.bool)
-        take_away(rotated.numpy(), largest.numpy(), segments.numpy(), side.centres, centred.numpy())
+        rotated = (unit * side.factors) @ mixing.T
+        take_away(rotated.numpy(), largest.numpy(), segments.numpy(), side.centres, centred)
         radius, codes = encode_rotated(rotated, largest, side.vector)
-        radius = torch.where(centred, -radius, radius)
-    return codes, radius.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+    return codes, radius.contiguous().view(torch.uint8).unflatten(-1, (-1, 2)), centred

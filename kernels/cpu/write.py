@@ -185,8 +185,8 @@ def take_away(rotated, largest, segments, centres, centred):
 
 
 @njit(cache=True, parallel=True)
-def store_codes(codes, radii, slots, memory, blocks, region):
-    """Codes u8 [T, H, bytes] and bytes of radii u8 [T, H, 2] to the slots int64 [T] that are >= 0."""
+def store_codes(codes, radii, centred, slots, memory, blocks, region):
+    """Codes u8 [T, H, bytes], bytes of radii u8 [T, H, 2] and bool [T, H] to the slots int64 [T] >= 0."""
     tokens, heads, code_bytes = codes.shape
     for token in prange(tokens):
         slot = slots[token]
@@ -197,4 +197,5 @@ def store_codes(codes, radii, slots, memory, blocks, region):
                 start = page + region.codes + inside * code_bytes
                 memory[start : start + code_bytes] = codes[token, head]
                 start = page + region.radii + inside * RADIUS_STRIDE
-                memory[start : start + 2] = radii[token, head]
+                memory[start] = radii[token, head, 0]
+                memory[start + 1] = radii[token, head, 1] | np.uint8(centred[token, head]) << np.uint8(7)
