@@ -62,6 +62,7 @@ def room(worker: Any, tokens: int) -> int:
 def run(worker: Any, token_ids: list[int]) -> None:
     """Prefill a request of `room` tokens at most, in as many chunks as a batch asks for, and forget it."""
     chunk = _chunk(worker.vllm_config)
+    _make_buffers(worker.model_runner)
     with _undisturbed(worker):
         for start in range(0, len(token_ids), chunk):
             count = min(chunk, len(token_ids) - start)
@@ -78,6 +79,15 @@ def run(worker: Any, token_ids: list[int]) -> None:
         last = _step(worker)
         last.finished_req_ids = {REQUEST}
         worker.execute_model(last)
+
+
+def _make_buffers(runner: Any) -> None:
+    """Make what a stage of a pipeline receives into, as the V1 runner's dummy runs do: a CPU has none."""
+    first = parallel_state.get_pp_group().is_first_rank
+    if not first and getattr(runner, "intermediate_tensors", runner) is None:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def _lookahead(config: Any) -> int:
