@@ -255,6 +255,13 @@ def _blocks(table, chunk, tile, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.
     return tl.load(table + there // BLOCK_SIZE)
 
 
+@triton.constexpr_function
+def _tiles_of_round(warps):
+    """Tiles, a multiple of 32, that surely lie in the 16 segments a warp whose bonuses are kept at a time."""
+    chunks = (16 * warps - 1) * SEGMENT_CHUNKS.value + 1
+    return chunks // warps // 32 * 32
+
+
 @triton.jit
 def _load_centres(
     centres,
@@ -366,7 +373,7 @@ def read(
     fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
     CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
     # Each warp works out what 16 segments' centres add to logits, for all; after so many tiles the next ones.
-    ROUND: tl.constexpr = (16 * WARPS * SEGMENT_CHUNKS - SEGMENT_CHUNKS + 1) // WARPS // 32 * 32
+    ROUND: tl.constexpr = _tiles_of_round(WARPS)
     first_segment = start // SEGMENT_CHUNKS
     centre_words = ()
     if CENTRED:
