@@ -106,9 +106,14 @@ class DenseAttention(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch and what a device has worked out for all layers; made by `Operations.plan`."""
+    """A batch and what a device has worked out for all layers; made by `Planner.plan`.
+
+    segments: int32 [at least num_tokens], by which keys of a batch's tokens are centred: position // SEGMENT.
+        A planner's own buffer, so that captured graphs read it.
+    """
 
     batch: Batch
+    segments: torch.Tensor
 
 
 class Planner(ABC):
@@ -155,6 +160,7 @@ class Operations(ABC):
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         tables: Tables,
+        segments: torch.Tensor,
     ) -> None:
         """Write keys and values to their slots.
 
@@ -162,6 +168,7 @@ class Operations(ABC):
             key, value: [T, kv heads, head_dim].
             slot_mapping: int64 [T'], T' <= T, of slots block * N + token; those below 0 are dropped, as are
                 the rows of key and value past T'.
+            segments: int32 [at least T'], Plan.segments; those past the tables' last are that one.
         """
 
     @abstractmethod

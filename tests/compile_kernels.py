@@ -3,8 +3,8 @@
     python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
 
 takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel with few
-tokens, -1 with many, -2 for gathering a prefix, 11 and 12 for sets of one and two from a token on, with
-log-sum-exps) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
+tokens, -1 with many, -2 for gathering a prefix; 10 more for sets from a token on, with log-sum-exps, 20 more
+with centred keys) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
 thread and how many programs an H200 would run on a multiprocessor at once, of each.
 """
 
@@ -39,20 +39,22 @@ POINTERS = {
     "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32", "key_lut": "*i32",
     "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16",
     "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
-    "begin_words": "*i32", "items": "*i32", "lengths_cu": "*i32", "key_out": "*bf16", "value_out": "*bf16",
+    "begin_words": "*i32", "items": "*i32", "centres": "*i32", "segments": "*i32", "lengths_cu": "*i32",
+    "key_out": "*bf16", "value_out": "*bf16",
 }  # fmt: skip
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 
 Kernel = tuple[Any, dict[str, Any], dict[str, Any]]
 
 
-def decode_kernel(capability: int, page: Page, sets: int, plain: bool) -> Kernel:
+def decode_kernel(capability: int, page: Page, sets: int, plain: bool, centred: bool) -> Kernel:
     """The kernel of decode attention, its constants and its launch options."""
     launch = DecodeLaunch.of(page.slot, sets, H200)
     constants: dict[str, Any] = {
         "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
         "SETS": sets, "WARPS": launch.warps, "COPIES": 32 if capability in (80, 90) else 16,
-        "ROTATE": is_hadamard(page.slot.head_dim), "PAGE": page_constants(page),
+        "ROTATE": is_hadamard(page.slot.head_dim), "CENTRES_PER_SEGMENT": 8 if centred else 0,
+        "PAGE": page_constants(page),
     }  # fmt: skip
     if plain:
         constants |= {"starts": None, "lse": None}
@@ -62,7 +64,10 @@ def decode_kernel(capability: int, page: Page, sets: int, plain: bool) -> Kernel
 def gather_kernel(page: Page) -> Kernel:
     """The kernel of gather_prefix, its constants and its launch options."""
     launch = config("gather", page.slot, H200)
-    constants = {"CHUNKS": launch["chunks"], "WARPS": launch["num_warps"], "PAGE": page_constants(page)}
+    constants = {
+        "CHUNKS": launch["chunks"], "WARPS": launch["num_warps"], "CENTRES_PER_SEGMENT": 8,
+        "PAGE": page_constants(page),
+    }  # fmt: skip
     return gather._gather_kernel, constants, {"num_warps": launch["num_warps"]}
 
 
@@ -70,7 +75,8 @@ def store_kernel(page: Page, op: str) -> Kernel:
     """The kernel of store_kv, its constants and its launch options; op: store or store_few."""
     launch = config(op, page.slot, H200)
     constants = {
-        "NUM_HEADS": 8, "KEY_FACTORS_PER_HEAD": True, "BLOCK_VECTORS": launch["block_vectors"],
+        "NUM_HEADS": 8, "KEY_FACTORS_PER_HEAD": True, "CENTRES_PER_SEGMENT": 8,
+        "BLOCK_VECTORS": launch["block_vectors"],
         "BLOCK_K": launch["block_k"], "PARALLEL_STATES": launch["parallel_states"],
         "SCRATCH_WORDS": scratch_words(page.slot, launch["block_vectors"], launch["parallel_states"]),
         "PAGE": page_constants(page),
@@ -83,7 +89,9 @@ def compile_one(capability: int, preset: str, head_dim: int, which: int) -> tupl
     page = Page(Slot(preset, head_dim), 16)
     sets = which % 10
     if which > 0:
-        kernel, constants, options = decode_kernel(capability, page, sets, which < 10)
+        kernel, constants, options = decode_kernel(
+            capability, page, sets, which < 10 or which > 20, which > 20
+        )
     elif which == -2:
         kernel, constants, options = gather_kernel(page)
     else:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from kernel_cases import OUT_OF_RANGE_BLOCK, empty_cache, vectors
+from kernel_cases import OUT_OF_RANGE_BLOCK, centred_keys, centred_tables, empty_cache, vectors
 
 from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables, decode_radius, decode_unit, encode_rotated, tables
-from vllm_polarquant.format import Slot, VectorFormat
+from vllm_polarquant.format import SEGMENT, Slot, VectorFormat
 from vllm_polarquant.kernels.ops import Batch, LayerShape
 from vllm_polarquant.page import Page
 from vllm_polarquant.reference import Attended, dense_attention
@@ -48,22 +48,44 @@ def restored(y: torch.Tensor, inverse: torch.Tensor, mixing: torch.Tensor) -> to
     return (y.double() @ mixing.double()) * inverse.double()
 
 
+def centres_of(held: Tables, segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of each segment, read by hand: float64 [n, 1 or H, d]."""
+    words = held.centres[segments.clamp_max(len(held.centres) - 1)]
+    halves = torch.cat([words & 0xFFFF, words >> 16 & 0xFFFF], -1)
+    return halves.to(torch.uint16).view(dtype).double()
+
+
+def shorter(y: torch.Tensor, centre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [..., d], or y less its centre where that is shorter; and where."""
+    centred = (y - centre).norm(dim=-1) < y.norm(dim=-1)
+    return torch.where(centred[..., None], y - centre, y), centred
+
+
 def write(
-    cache: torch.Tensor, page: Page, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, held: Tables
+    cache: torch.Tensor,
+    page: Page,
+    slots: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    held: Tables,
+    segments: torch.Tensor,
 ) -> None:
-    """Store keys and values [T, H, d] with the codec under any tables."""
+    """Store keys and values [T, H, d] of segments int [T] with the codec under any tables."""
     views = reference.page_views(cache, page, reference.rows(page))
     block, token = slots // page.block_size, slots % page.block_size
-    for x, vector, factors, codes_view, radius_view in (
-        (key, page.slot.key, held.key_factors, views.key_codes, views.key_radius),
-        (value, page.slot.value, held.value_factors, views.value_codes, views.value_radius),
+    centre = centres_of(held, segments.long(), key.dtype)
+    for x, vector, factors, minus, codes_view, radius_view in (
+        (key, page.slot.key, held.key_factors, centre, views.key_codes, views.key_radius),
+        (value, page.slot.value, held.value_factors, 0 * centre, views.value_codes, views.value_radius),
     ):
         y = rotated(x, factors, held.mixing)
         if vector.kind == "raw":
             radius, codes = torch.ones(y.shape[:-1]).bfloat16(), y.to(x.dtype).view(torch.uint8)
         else:
+            y, centred = shorter(y, minus)
             largest = y.abs().amax(-1)
             radius, codes = encode_rotated((y / largest[..., None]).float(), largest.float(), vector)
+            radius = torch.where(centred, -radius, radius)
         codes_view[block, :, token] = codes
         radius_view[block, :, token] = radius
 
@@ -101,7 +123,10 @@ class Case:
         token = position % self.page.block_size
         held, slot, dtype = self.tables, self.page.slot, self.query.dtype
         key = unit_vectors(views.key_codes[block, :, token], slot.key, dtype)
-        key = key * decode_radius(views.key_radius[block, :, token]).double()[..., None]
+        radius = views.key_radius[block, :, token]
+        key = key * decode_radius(radius).double()[..., None]
+        centre = centres_of(held, position // SEGMENT, dtype)
+        key = torch.where(radius.signbit()[..., None], key + centre, key)
         value = unit_vectors(views.value_codes[block, :, token], slot.value, dtype)
         value = value * decode_radius(views.value_radius[block, :, token]).double()[..., None]
         return (
@@ -160,6 +185,7 @@ def make_case(
     layout: str = "LBHNC",
     padding: int = 0,
     uneven: bool = False,
+    centred: bool = False,
 ) -> Case:
     """Store tokens in scattered blocks, with garbage around them.
 
@@ -173,11 +199,14 @@ def make_case(
         layout: vLLM's.
         padding: rows of queries beyond the requests'.
         uneven: with factors that are not those of the codec.
+        centred: with kernel_cases' centred_tables and centred_keys.
     """
     prefills = prefills or []
     slot = page.slot
-    held = uneven_tables(slot, heads, dtype) if uneven else tables(slot, dtype, CPU)
     stored = [length for length, _ in decodes] + [context for context, _ in prefills]
+    held = uneven_tables(slot, heads, dtype) if uneven else tables(slot, dtype, CPU)
+    if centred:
+        held = centred_tables(slot, heads, dtype, CPU, max(stored))
     chunks = [count for _, count in (*decodes, *prefills)]
     needed = [-(-length // page.block_size) for length in stored]
     cache = empty_cache(page, 1 + sum(needed), heads, CPU, layout)
@@ -190,7 +219,9 @@ def make_case(
         position = torch.arange(length)
         slots = block_table[request, position // page.block_size].long() * page.block_size
         key, value = (vectors((length, heads, slot.head_dim), dtype, CPU) for _ in "kv")
-        write(cache, page, slots + position % page.block_size, key, value, held)
+        if centred:
+            key = centred_keys(held, position, dtype)
+        write(cache, page, slots + position % page.block_size, key, value, held, position // SEGMENT)
     starts = torch.tensor([0, *chunks]).cumsum(0).to(torch.int32)
     decode_tokens, tokens = int(starts[len(decodes)]), int(starts[-1])
     contexts = [context for context, _ in prefills]

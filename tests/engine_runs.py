@@ -271,6 +271,101 @@ def tensor_parallel() -> dict[str, Any]:
         return _capacity(llm) | _ask(llm, 2000, 10)
 
 
+def _centring(llm: Any) -> dict[str, Any]:
+    """What a worker's layers have after the pass at start-up, and what is left of its request."""
+
+    def look(worker: Any) -> dict[str, Any]:
+        from vllm_polarquant.centring import fingerprint
+        from vllm_polarquant.layer import PolarQuantImpl
+
+        runner = worker.model_runner
+        layers = worker.vllm_config.compilation_config.static_forward_context
+        impls = [getattr(layer, "impl", None) for layer in layers.values()]
+        impls = [impl for impl in impls if isinstance(impl, PolarQuantImpl)]
+        tables = [impl.tables for impl in impls]
+        states = getattr(runner, "requests", None)
+        return {
+            "layers": len(impls),
+            "reached": sum(bool((each.key_factors.abs() != 1).any()) for each in tables),
+            "centred": sum(bool(each.centres.any()) for each in tables),
+            "own tables": sum(impl.tables is not impl.constants for impl in impls),
+            "tables": fingerprint(tables),
+            "requests": len(runner.req_states.req_id_to_index if states is None else states),
+            "samples": sum(impl.sample is not None for impl in impls),
+            "centres": [each.centres[0].clone() for each in tables],
+        }
+
+    return llm.collective_rpc(look)[0]
+
+
+def _difference(have: dict[str, Any], want: dict[str, Any]) -> float:
+    """Of the first segment's centres, in their energy."""
+    import torch
+
+    from vllm_polarquant.codec import unpack_centres
+
+    mine, theirs = (
+        torch.stack([unpack_centres(words, torch.bfloat16) for words in each["centres"]])
+        for each in (have, want)
+    )
+    return float((mine - theirs).square().sum() / theirs.square().sum())
+
+
+def centred() -> dict[str, Any]:
+    """Engines that start twice, with small batches and contexts, two at once, and with the switch off."""
+    from vllm_polarquant.startup import OFF
+
+    found: dict[str, Any] = {}
+    preset = "polarquant_k4v4"
+    options: dict[str, Any] = {"max_num_batched_tokens": 512}
+    for name, more in (
+        ("first", {}),
+        ("second", {}),
+        ("chunks", {"max_num_batched_tokens": 96}),
+        ("short", {"max_model_len": 100}),
+    ):
+        with _engine(preset, **(options | more)) as llm:
+            found[name] = _centring(llm)
+    for name in ("chunks", "short"):
+        found[name]["difference"] = _difference(found[name], found["first"])
+    with _engine(preset, **options) as llm, _engine("polarquant_k2v2", **options) as other:
+        found["together"] = _centring(llm) | {"apart": _centring(other)["tables"]}
+        found["together"]["right"] = _ask(llm, 1000, 5)["right"]
+    print("engine off", flush=True)
+    with _engine(preset, **options, additional_config=json.loads(OFF)) as llm:
+        found["off"] = _centring(llm)
+    try:
+        with _engine(preset, **options, additional_config={"polarquant": {"centre_keys": "no"}}):
+            found["wrong"] = "booted"
+    except Exception as problem:
+        found["wrong"] = str(problem)
+    for result in found.values():
+        if isinstance(result, dict):
+            del result["centres"]
+    found["off"] = {key: found["off"][key] for key in ("reached", "centred", "own tables", "requests")}
+    return found
+
+
+def kinds() -> dict[str, Any]:
+    """What the pass reaches in engines on random weights for every folder under MODELS."""
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "tokenizer": MODEL,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 300,
+    }
+    for folder in sorted(Path(os.environ["MODELS"]).iterdir()):
+        more = json.loads((folder / "options").read_text())
+        try:
+            with _engine("polarquant_k4v4", model=str(folder), **(options | more)) as llm:
+                found[folder.name] = _centring(llm) | {"error": None}
+                del found[folder.name]["centres"]
+        except Exception as problem:
+            found[folder.name] = {"error": str(problem)}
+    return found
+
+
 def boots() -> dict[str, Any]:
     """Engines on dummy weights for every folder under MODELS: the error that ended each boot, if any."""
     found: dict[str, Any] = {}
@@ -303,6 +398,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
         graphs,
         other_dtypes,
         tensor_parallel,
+        centred,
+        kinds,
         boots,
     )
 }

@@ -8,8 +8,17 @@ import torch
 
 from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
-from vllm_polarquant.codec import Tables, decode_unit, encode, encode_radius, rotation, tables
-from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS, Slot, VectorFormat
+from vllm_polarquant.codec import (
+    Tables,
+    decode_unit,
+    encode,
+    encode_radius,
+    pack_centres,
+    rotation,
+    tables,
+    unpack_centres,
+)
+from vllm_polarquant.format import HEAD_DIMS, LOSSLESS, PRESETS, SEGMENT, Slot, VectorFormat
 from vllm_polarquant.kernels.triton.page_io import lane_order
 from vllm_polarquant.page import Page
 
@@ -51,6 +60,32 @@ def vectors(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     x = torch.randn(shape, device=device)
     x[..., 3] *= 8
     return (x * torch.rand(*shape[:-1], 1, device=device).add(0.1)).to(dtype)
+
+
+def centred_tables(
+    slot: Slot, heads: int, dtype: torch.dtype, device: torch.device, positions: int
+) -> Tables:
+    """Tables as a real model's layer has them: factors of every head and pair, and centres.
+
+    After the segments of so many positions comes one of NaN, which nobody is to read.
+    """
+    segments = -(-positions // SEGMENT)
+    held = tables(slot, dtype, device, heads, segments + 1)
+    # Powers of two for raw vectors, so that they lose nothing.
+    scale = torch.rand(heads, slot.head_dim // 2, device=device) * 4 - 2
+    scale = (scale.round() if slot.preset == LOSSLESS else scale).exp2().repeat(1, 2)
+    centres = 2 * torch.randn(segments, heads, slot.head_dim, device=device)
+    held.centres[:segments] = pack_centres(centres, dtype)
+    held.centres[segments:] = -1
+    return held._replace(key_factors=held.key_factors * scale, query_factors=held.query_factors / scale)
+
+
+def centred_keys(held: Tables, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys [T, H, d] of these positions as real models have them: mostly their mean, but for two sinks."""
+    segment = (position // SEGMENT).clamp_max(len(held.centres) - 1)
+    mean = (unpack_centres(held.centres, dtype)[segment] @ held.mixing) * held.query_factors
+    noise = 0.5 * torch.randn_like(mean) * held.query_factors
+    return torch.where((position < 2)[:, None, None], noise / 4, mean + noise).to(dtype)
 
 
 def cosines(x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -> torch.Tensor:
@@ -121,6 +156,7 @@ class Batch:
             lane_order(self.page),
             self.attention,
             starts,
+            self.tables,
         )
 
 
@@ -134,8 +170,15 @@ def make_batch(
     group: int = 2,
     layout: str = "LBHNC",
     padding: int = 0,
+    centred: bool = False,
 ) -> Batch:
-    """Store seq_lens[r] tokens for each request in scattered blocks; `padding` more query rows."""
+    """Store seq_lens[r] tokens for each request in scattered blocks; `padding` more query rows.
+
+    centred: with centred_tables and centred_keys.
+    """
+    held = tables(page.slot, dtype, device)
+    if centred:
+        held = centred_tables(page.slot, heads, dtype, device, max(seq_lens))
     needed = [-(-length // page.block_size) for length in seq_lens]
     blocks = 1 + sum(needed)
     cache = empty_cache(page, blocks, heads, device, layout)
@@ -149,12 +192,15 @@ def make_batch(
         position = torch.arange(length, device=device)
         slots = mine[position // page.block_size].long() * page.block_size if length else position
         key, value = (vectors((length, heads, page.slot.head_dim), dtype, device) for _ in "kv")
-        reference.store_kv(key, value, cache, slots + position % page.block_size, page, order)
+        if centred:
+            key = centred_keys(held, position, dtype)
+        slots = slots + position % page.block_size
+        reference.store_kv(key, value, cache, slots, page, order, held, position // SEGMENT)
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     tokens = int(starts[-1]) + padding
     return Batch(
         page,
-        tables(page.slot, dtype, device),
+        held,
         cache,
         block_table,
         torch.tensor(seq_lens, dtype=torch.int32, device=device),

@@ -15,19 +15,24 @@ from vllm_polarquant import scalar
 from vllm_polarquant.codebook import lattice, trellis_points
 from vllm_polarquant.codec import (
     PolarQuant,
+    by_largest,
     codebook,
     decode,
+    decode_centred,
     decode_radius,
     decode_unit,
     encode,
+    encode_centred,
     encode_radius,
     encode_rotated,
     pack,
+    pack_centres,
     rotation,
     rotation_parts,
     search_cells,
     tables,
     unpack,
+    unpack_centres,
     viterbi,
     windows,
 )
@@ -654,3 +659,116 @@ def test_decode_unit_is_decode_before_radius_and_rotation():
         unit = decode_unit(codes, vector, torch.bfloat16)
         rebuilt = unit.double() @ rotation(128) * decode_radius(radius).double()[:, None]
         assert (decode(radius, codes, vector) - rebuilt).abs().max() < 1e-5
+
+
+def real_keys(n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotated keys [n, 2, d] as real models have them: a mean, [2, d], uneven pairs, and two sinks first."""
+    uneven = torch.logspace(-1, 1, d // 2).repeat(2)
+    mean = gaussian(2, d, seed=1) * 4
+    x = mean + 0.3 * gaussian(n, 2, d, seed=2) * uneven
+    x[:2] *= 0.1
+    matrix = rotation(d).float()
+    return x @ matrix.T, mean @ matrix.T
+
+
+CODED = [v for v in VECTORS if v.kind not in ("scalar", "raw")]
+
+
+@pytest.mark.parametrize("vector", CODED, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-36, 1e30])
+def test_centred_vectors_come_back(vector, scale):
+    """Less their centres where that is shorter, with an error of what is left."""
+    x, centre = real_keys(40, 64)
+    amax = x.abs().amax(-1) * scale
+    radius, codes = encode_centred(x / x.abs().amax(-1, keepdim=True), amax, centre * scale, vector)
+    left = (x.double() - centre).norm(dim=-1)
+    short = torch.minimum(left, x.double().norm(dim=-1))
+    assert torch.equal(radius.signbit(), left < x.double().norm(dim=-1))
+    assert radius.signbit()[2:].all() and not radius.signbit()[:2].any()
+    rebuilt = decode_centred(radius, codes, centre * scale, vector, torch.bfloat16) / scale
+    assert rebuilt.dtype == torch.float64
+    error = (rebuilt - x).norm(dim=-1) / short
+    bound = {2: 0.36, 2.5: 0.25, 3: 0.17, 3.5: 0.12, 4: 0.09, 8: 0.04}[vector.bits]
+    assert error.square().mean().sqrt() < bound
+
+
+@pytest.mark.parametrize("vector", CODED, ids=str)
+@pytest.mark.parametrize("centre", [0.0, math.nan, math.inf])
+def test_some_centres_change_nothing(vector, centre):
+    x = gaussian(9, 64)
+    x[3] = 0
+    amax = torch.logspace(-44, 30, 9)
+    amax[5] = 0
+    expected = encode_rotated(x, amax, vector)
+    radius, codes = encode_centred(x, amax, torch.full((64,), centre), vector)
+    assert torch.equal(radius, expected[0]) and torch.equal(codes, expected[1])
+    assert not radius.signbit().any()
+    # What is not centred reads no centre.
+    assert decode_centred(radius, codes, torch.full((64,), centre), vector, torch.bfloat16).isfinite().all()
+
+
+@pytest.mark.parametrize("vector", CODED, ids=str)
+def test_a_vector_that_is_its_centre_comes_back(vector):
+    centre = gaussian(3, 64)
+    amax = centre.abs().amax(-1)
+    y = (centre / amax[:, None]).double()
+    # The difference may be of rounding.
+    radius, codes = encode_centred(y.float(), amax, centre, vector)
+    assert radius.signbit().all()
+    back = decode_centred(radius, codes, centre, vector, torch.bfloat16)
+    assert (back - centre).abs().max() < 1e-6
+    radius, codes = encode_centred(torch.ones(64), torch.tensor(2.0), torch.full((64,), 2.0), vector)
+    assert radius == 0 and radius.signbit() and not codes.any()
+
+
+@pytest.mark.parametrize("vector", CODED, ids=str)
+def test_vectors_of_no_length_are_not_centred(vector):
+    """Also those that by_largest made of a NaN or an infinity."""
+    centre = gaussian(64)
+    for y, amax in ((torch.zeros(64), 0.0), (torch.zeros(64), 1.0), (gaussian(64), 0.0)):
+        radius, codes = encode_centred(y, torch.tensor(amax), centre, vector)
+        assert radius == 0 and not radius.signbit() and not codes.any()
+    for poison in (math.nan, math.inf):
+        unit, largest = by_largest(gaussian(64).index_fill(0, torch.tensor(5), poison))
+        radius, codes = encode_centred(unit, largest, centre, vector)
+        assert radius == 0 and not radius.signbit() and not codes.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_centres_are_pairs_of_16_bit_floats(dtype):
+    centres = gaussian(3, 2, 96)
+    words = pack_centres(centres, dtype)
+    assert words.dtype == torch.int32 and words.shape == (3, 2, 48)
+    low, high = words & 0xFFFF, words >> 16 & 0xFFFF
+    halves = torch.cat([low, high], -1).to(torch.uint16).view(dtype)
+    assert torch.equal(halves, centres.to(dtype))
+    assert torch.equal(unpack_centres(words, dtype), centres.to(dtype).float())
+    # As points are in a lut.
+    x, y = centres[..., :48], centres[..., 48:]
+    assert torch.equal(words, torch.stack([x, y], -1).to(dtype).contiguous().view(torch.int32)[..., 0])
+
+
+def test_packed_centres_are_finite():
+    centres = gaussian(4, 2, 64)
+    centres[0, 1, 3], centres[2, 0, 9], centres[3, 1, 63] = math.nan, 7e4, -math.inf
+    words = pack_centres(centres, torch.float16)
+    for lost in ((0, 1), (2, 0), (3, 1)):
+        assert not words[lost].any()
+        centres[lost] = 0
+    assert torch.equal(unpack_centres(words, torch.float16), centres.half().float())
+    assert pack_centres(torch.full((1, 1, 64), 7e4), torch.bfloat16).all()
+
+
+def test_tables_begin_without_centres():
+    slot = Slot("polarquant_k4v4", 96)
+    held = tables(slot, torch.bfloat16, torch.device("cpu"))
+    assert held.centres.shape == (1, 1, 48)
+    held = tables(slot, torch.bfloat16, torch.device("cpu"), num_kv_heads=3, segments=5)
+    assert held.centres.shape == (5, 3, 48) and held.centres.dtype == torch.int32
+    assert not held.centres.any()
+    for factors, rows in (
+        (held.key_factors, 3), (held.query_factors, 3), (held.value_factors, 1), (held.output_factors, 1)
+    ):  # fmt: skip
+        assert torch.equal(factors, rotation_parts(96).signs.float().expand(rows, 96))
+        # Written to in place.
+        assert factors.is_contiguous()

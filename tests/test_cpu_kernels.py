@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,23 +18,36 @@ from cpu_cases import (
     NAN,
     UNTOUCHED,
     Case,
+    centres_of,
     golden_page,
     golden_vectors,
     make_case,
     restored,
     rotated,
+    shorter,
     uneven_tables,
     unit_vectors,
     write,
 )
-from kernel_cases import ALL_PRESETS, DTYPES, LAYOUTS, bits_of, empty_cache, page_for, relative_error, vectors
+from kernel_cases import (
+    ALL_PRESETS,
+    DTYPES,
+    LAYOUTS,
+    bits_of,
+    centred_keys,
+    centred_tables,
+    empty_cache,
+    page_for,
+    relative_error,
+    vectors,
+)
 
 from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention, UnsupportedAttention
-from vllm_polarquant.codec import Tables, decode_radius, encode_radius, tables
+from vllm_polarquant.codec import Tables, decode_radius, encode_radius, pack_centres, tables
 from vllm_polarquant.eval.bench import cpu as bench_cpu
-from vllm_polarquant.format import Slot, VectorFormat
-from vllm_polarquant.kernels.ops import LayerShape, Limits, operations
+from vllm_polarquant.format import LOSSLESS, SEGMENT, Slot, VectorFormat
+from vllm_polarquant.kernels.ops import Batch, LayerShape, Limits, operations
 
 pytest.importorskip("numba")
 
@@ -46,6 +60,8 @@ K4V4 = "polarquant_k4v4"
 DIMS = (64, 80, 128, 256)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2.5e-3}
 """Relative error: points are bfloat16 whatever the model is, query and output the model's dtype."""
+AT_EDGES = [(255, 1), (256, 1), (257, 2), (515, 4), (40, 1)]
+"""Decodes that end about the edges of segments."""
 GOLDEN = bytes.fromhex((Path(__file__).parent / "golden_rows.hex").read_text())
 
 
@@ -106,20 +122,18 @@ def test_decode_of_every_format(preset: str, head_dim: int, dtype: torch.dtype) 
     )
 
 
-def test_what_is_expected_is_the_reference() -> None:
-    case = make_case(page_for("polarquant_k3v2", 96, 32), [(70, 2), (5, 1)])
-    order = reference.rows(case.page)
-    for have, want in zip(
-        case.stored(0, 70),
-        reference.read_kv(case.cache, case.batch.block_table[0], 70, case.page, order, case.query.dtype),
-        strict=True,
-    ):
+@pytest.mark.parametrize("centred", [False, True])
+def test_what_is_expected_is_the_reference(centred: bool) -> None:
+    case = make_case(page_for("polarquant_k3v2", 96, 32), [(270, 2), (5, 1)], centred=centred)
+    order, table = reference.rows(case.page), case.batch.block_table[0]
+    read = reference.read_kv(case.cache, table, 270, case.page, order, case.query.dtype, case.tables)
+    for have, want in zip(case.stored(0, 270), read, strict=True):
         assert relative_error(have, want) < 1e-6
     starts = torch.tensor([3, 1])
     batch = case.batch
     want = reference.attention(
         case.query, case.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, case.page, order,
-        case.attention, starts,
+        case.attention, starts, case.tables,
     )  # fmt: skip
     have = case.expected_decode(starts)
     assert relative_error(have.out, want.out) < 1e-6
@@ -131,6 +145,31 @@ def test_decode_with_factors_of_every_head(preset: str) -> None:
     case = make_case(page_for(preset, 128, 16), [(75, 1), (33, 2)], heads=3, uneven=True)
     assert len({tuple(row) for row in case.tables.key_factors.tolist()}) == 3
     check_decode(case)
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_with_centres(preset: str, dtype: torch.dtype) -> None:
+    """The segment after the last one's is poisoned."""
+    at = page_for(preset, 128, 48)
+    case = make_case(at, AT_EDGES, dtype=dtype, heads=3, padding=1, centred=True)
+    signs = reference.page_views(case.cache, at, reference.rows(at)).key_radius.signbit()
+    assert signs[case.batch.block_table[3, 1:10].long()].all() == (preset != LOSSLESS)
+    check_decode(case)
+    check_lse(case)
+    check_lse(case, torch.tensor([0, 255, 256, 257, 9], dtype=torch.int32))
+
+
+def test_decode_past_the_last_centre() -> None:
+    """Positions past the tables' share their last centre; and heads may share centres."""
+    case = make_case(page_for(K4V4, 64), [(700, 1)], centred=True)
+    apart = [decode(case)]
+    for segments, heads in ((1, 2), (2, 1)):
+        few = case.tables._replace(centres=case.tables.centres[:segments, :heads].contiguous())
+        case.tables = few
+        check_decode(case)
+        apart.append(decode(case))
+    assert len({out.sum().item() for out in apart}) == 3
 
 
 @pytest.mark.parametrize("layout", [layout for layout, _ in LAYOUTS])
@@ -188,11 +227,12 @@ def test_parts_of_a_context_merge_by_their_lse() -> None:
     assert relative_error(whole, merged) < 2 * TOLERANCE[torch.bfloat16]
 
 
-def test_the_sign_bits_of_radii_are_not_read() -> None:
-    case = make_case(page_for(K4V4, 128), [(50, 1)], [(20, 3)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_sign_bits_say_nothing_of_values_and_of_keys_without_centres(centred: bool) -> None:
+    case = make_case(page_for(K4V4, 128), [(50, 1)], [(20, 3)], centred=centred)
     plain = decode(case), prefill(case)
     radii = reference.page_views(case.cache, case.page, reference.rows(case.page))
-    for radius in (radii.key_radius, radii.value_radius):
+    for radius in (radii.value_radius,) if centred else (radii.key_radius, radii.value_radius):
         radius.view(torch.int16).bitwise_or_(-(1 << 15))
     assert torch.equal(decode(case), plain[0])
     assert torch.equal(prefill(case), plain[1])
@@ -234,45 +274,62 @@ def plain_tables(slot: Slot, heads: int, dtype: torch.dtype) -> Tables:
     return tables(slot, dtype, CPU)
 
 
+def real_tables(slot: Slot, heads: int, dtype: torch.dtype) -> Tables:
+    return centred_tables(slot, heads, dtype, CPU, 3 * SEGMENT)
+
+
 def stored_cosines(
-    x: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, held: Tables, kind: str
+    y: torch.Tensor, codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosines [T, H] of what is to be stored of x [T, H, d] with its codes, and lengths of both, float64."""
-    y = rotated(x, getattr(held, f"{kind}_factors"), held.mixing)
-    unit = unit_vectors(codes, vector, x.dtype)
+    """Cosines [T, H] of what is to be stored, y [T, H, d], with its codes, and lengths of both, float64."""
+    unit = unit_vectors(codes, vector, dtype)
     return torch.nn.functional.cosine_similarity(y, unit, dim=-1), y.norm(dim=-1), unit.norm(dim=-1)
 
 
-@pytest.mark.parametrize("uneven", [False, True], ids=["codec", "uneven"])
+@pytest.mark.parametrize(
+    "tables_of", [plain_tables, uneven_tables, real_tables], ids=["codec", "uneven", "centred"]
+)
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", DIMS)
-def test_store_writes_what_the_codec_would(preset: str, head_dim: int, uneven: bool) -> None:
+def test_store_writes_what_the_codec_would(
+    preset: str, head_dim: int, tables_of: Callable[[Slot, int, torch.dtype], Tables]
+) -> None:
     layout, block_size = LAYOUTS[DIMS.index(head_dim)]
     at = page_for(preset, head_dim, block_size)
     slot, order = at.slot, reference.rows(at)
+    held = tables_of(slot, 2, torch.bfloat16)
     key, value = (vectors((83, 2, head_dim), torch.bfloat16, CPU) for _ in "kv")
+    position = torch.randint(3 * SEGMENT, (83,))
+    segments = (position // SEGMENT).int()
+    if tables_of is real_tables:
+        key[5:] = centred_keys(held, position, torch.bfloat16)[5:]
     slots = torch.randperm(6 * block_size)[:83]
     slots[::7] = -1
     kept = slots >= 0
     have, want = (empty_cache(at, 6, 2, CPU, layout) for _ in range(2))
-    held = (uneven_tables if uneven else plain_tables)(slot, 2, torch.bfloat16)
     # vLLM may pass more rows than slots.
     extra = torch.full((3, 2, head_dim), NAN, dtype=torch.bfloat16)
     ops = CpuOperations(LayerShape(slot, 4, 2, torch.bfloat16, CPU))
-    ops.store(torch.cat([key, extra]), torch.cat([value, extra]), have, slots, held)
-    if uneven:
-        write(want, at, slots[kept], key[kept], value[kept], held)
-    else:
+    ops.store(
+        torch.cat([key, extra]), torch.cat([value, extra]), have, slots, held, torch.cat([segments, segments])
+    )
+    if tables_of is plain_tables:
         reference.store_kv(key, value, want, slots, at, order)
+    else:
+        write(want, at, slots[kept], key[kept], value[kept], held, segments[kept])
+    centre = centres_of(held, segments[kept].long(), torch.bfloat16)
     block, place = slots[kept] // block_size, slots[kept] % block_size
     ours, theirs = reference.page_views(have, at, order), reference.page_views(want, at, order)
     for x, vector, kind in ((key, slot.key, "key"), (value, slot.value, "value")):
         codes, expected = (getattr(views, f"{kind}_codes")[block, :, place] for views in (ours, theirs))
-        best, _, _ = stored_cosines(x[kept], expected, vector, held, kind)
-        cosine, length, unit_length = stored_cosines(x[kept], codes, vector, held, kind)
+        y = rotated(x[kept], getattr(held, f"{kind}_factors"), held.mixing)
+        y, centred = shorter(y, centre * (kind == "key" and vector.kind != "raw"))
+        best, _, _ = stored_cosines(y, expected, vector, torch.bfloat16)
+        cosine, length, unit_length = stored_cosines(y, codes, vector, torch.bfloat16)
         lost = best - cosine
         radius = getattr(ours, f"{kind}_radius")[block, :, place]
-        assert not radius.signbit().any()
+        assert torch.equal(radius.signbit(), centred)
+        radius = radius.abs()
         if vector.kind == "polar":
             # Cells may name the farther of two points that are about as near.
             assert lost.mean() < 0.01 * (1 - best).mean()
@@ -282,7 +339,7 @@ def test_store_writes_what_the_codec_would(preset: str, head_dim: int, uneven: b
         else:
             assert (codes != expected).double().mean() < 0.01
             assert lost.max() < 1e-5
-            wanted = getattr(theirs, f"{kind}_radius")[block, :, place]
+            wanted = getattr(theirs, f"{kind}_radius")[block, :, place].abs()
         # Where a radius lies about half-way between two numbers, either will do.
         assert (bits_of(radius) - bits_of(wanted)).abs().max() <= 1
         assert (radius != wanted).double().mean() < 0.02
@@ -294,13 +351,99 @@ def test_store_writes_what_the_codec_would(preset: str, head_dim: int, uneven: b
     assert torch.equal(have._base, want._base)
 
 
+def test_plans_count_positions() -> None:
+    case = make_case(page_for(K4V4, 64), [(257, 3), (0, 0), (1, 1), (0, 1)], [(0, 2), (255, 3), (600, 1)])
+    plan = CpuOperations(case.shape).planner().plan(case.batch)
+    assert plan.segments.dtype == torch.int32
+    assert plan.segments.tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4"])
+def test_chunks_and_prefix_hits_store_what_whole_prompts_do(preset: str) -> None:
+    """A request in chunks that start inside segments, and one that finds another's blocks."""
+    case = make_case(page_for(preset, 64), [(600, 1), (600, 1)], centred=True)
+    ops = CpuOperations(case.shape)
+    position = torch.arange(600)
+    key, value = centred_keys(case.tables, position, torch.bfloat16), torch.randn(600, 2, 64).bfloat16()
+    whole, parts = case.cache, torch.zeros_like(case.cache)
+    table = case.batch.block_table.clone()
+    table[1, :18] = table[0, :18]
+
+    def step(cache: torch.Tensor, request: int, start: int, end: int) -> None:
+        starts = torch.tensor([0, end - start], dtype=torch.int32)
+        batch = Batch(
+            num_decodes=0,
+            num_decode_tokens=0,
+            num_prefills=1,
+            num_tokens=end - start,
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor([end], dtype=torch.int32),
+            block_table=table[request : request + 1],
+            context_lens_cpu=torch.tensor([start], dtype=torch.int32),
+        )
+        at = position[start:end]
+        slots = table[request, at // 16].long() * 16 + at % 16
+        segments = ops.planner().plan(batch).segments
+        ops.store(key[start:end], value[start:end], cache, slots, case.tables, segments)
+
+    step(whole, 0, 0, 600)
+    for start, end in ((0, 100), (100, 255), (255, 258), (258, 600)):
+        step(parts, 0, start, end)
+    step(parts, 1, 288, 600)
+    for request in (0, 1):
+        have, want = (
+            reference.read_kv(
+                cache, table[row], 600, case.page, reference.rows(case.page), torch.bfloat16, case.tables
+            )
+            for cache, row in ((parts, request), (whole, 0))
+        )
+        for x, y in zip(have, want, strict=True):
+            assert torch.equal(x, y)
+    assert relative_error(want[0], key) < 0.06
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_zeros_and_what_is_not_finite_never_are_centres(preset: str) -> None:
+    case = make_case(page_for(preset, 64), [(32, 1)])
+    key, value = (vectors((32, 2, 64), torch.bfloat16, CPU) for _ in "kv")
+    slots = torch.cat([case.batch.block_table[0, block].long() * 16 + torch.arange(16) for block in (0, 1)])
+    pages = []
+    for words in (None, 0, -1, 0x7F807F80):
+        held = case.tables
+        if words is not None:
+            held = held._replace(centres=torch.full((3, 2, 32), words, dtype=torch.int32))
+        cache = torch.zeros_like(case.cache)
+        CpuOperations(case.shape).store(key, value, cache, slots, held, torch.arange(32).int())
+        pages.append(cache)
+    assert all(torch.equal(page, pages[0]) for page in pages[1:])
+
+
+def test_tables_may_be_filled_in_place() -> None:
+    """As a layer's are when its model has run for the first time."""
+    case = make_case(page_for(K4V4, 64), [(300, 1)], centred=True)
+    ops, filled = CpuOperations(case.shape), case.tables
+    plan = ops.planner().plan(case.batch)
+    held = tables(case.page.slot, torch.bfloat16, CPU, 2, len(filled.centres))
+    outs = []
+    for _ in range(2):
+        outs.append(case.out())
+        ops.decode(case.query, case.cache, plan, case.attention, held, outs[-1])
+        for name in ("key_factors", "query_factors", "centres"):
+            getattr(held, name).copy_(getattr(filled, name))
+    want = case.expected_decode().out
+    assert relative_error(outs[0], want) > 0.1
+    assert relative_error(outs[1], want) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 def test_what_is_stored_with_factors_comes_back(preset: str) -> None:
     case = make_case(page_for(preset, 128, 32), [(64, 1)], heads=3, uneven=True)
     key, value = (vectors((64, 3, 128), torch.bfloat16, CPU) for _ in "kv")
     table = case.batch.block_table[0, :2].long()
     slots = (table[:, None] * 32 + torch.arange(32)).flatten()
-    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables)
+    segments = torch.zeros(64, dtype=torch.int32)
+    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables, segments)
     slot = case.page.slot
     for x, back, vector, kind in zip(
         (key, value), case.stored(0, 64), (slot.key, slot.value), ("key", "value"), strict=True
@@ -317,7 +460,8 @@ def largest_radii(scale: float) -> torch.Tensor:
     x = (torch.randn(16, 1, 64).sign() * scale).bfloat16()
     held = tables(at.slot, torch.bfloat16, CPU)
     held = held._replace(key_factors=held.key_factors * 64, query_factors=held.query_factors / 64)
-    CpuOperations(LayerShape(at.slot, 1, 1, torch.bfloat16, CPU)).store(x, x, cache, torch.arange(16), held)
+    ops = CpuOperations(LayerShape(at.slot, 1, 1, torch.bfloat16, CPU))
+    ops.store(x, x, cache, torch.arange(16), held, torch.zeros(16, dtype=torch.int32))
     return reference.page_views(cache, at, reference.rows(at)).key_radius
 
 
@@ -333,7 +477,10 @@ def test_raw_vectors_are_stored_whatever_they_hold() -> None:
     x[3, 0, 5], x[4, 0, 6], x[5] = NAN, float("-inf"), 0
     cache = empty_cache(at, 1, 1, CPU)
     ops = CpuOperations(LayerShape(at.slot, 1, 1, torch.bfloat16, CPU))
-    ops.store(x, x, cache, torch.arange(16), plain_tables(at.slot, 1, torch.bfloat16))
+    # Raw keys are never centred.
+    held = plain_tables(at.slot, 1, torch.bfloat16)
+    held = held._replace(centres=pack_centres(x[:1].float(), torch.bfloat16))
+    ops.store(x, x, cache, torch.arange(16), held, torch.zeros(16, dtype=torch.int32))
     views = reference.page_views(cache, at, reference.rows(at))
     for codes in (views.key_codes, views.value_codes):
         back = codes[0, 0].view(torch.bfloat16)
@@ -341,16 +488,19 @@ def test_raw_vectors_are_stored_whatever_they_hold() -> None:
         assert back.isnan().sum() == 1
 
 
-def test_vectors_with_nan_are_stored_as_zero_and_disturb_nobody() -> None:
-    case = make_case(page_for(K4V4, 128), [(40, 1)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_vectors_with_nan_are_stored_as_zero_and_disturb_nobody(centred: bool) -> None:
+    case = make_case(page_for(K4V4, 128), [(40, 1)], centred=centred)
     key, value = (vectors((40, 2, 128), torch.bfloat16, CPU) for _ in "kv")
     key[3, 0, 5], value[7, 1, 0], key[9, 1] = NAN, float("inf"), 0
     slots = (case.batch.block_table[0, :3].long()[:, None] * 16 + torch.arange(16)).flatten()[:40]
-    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables)
+    segments = torch.zeros(40, dtype=torch.int32)
+    CpuOperations(case.shape).store(key, value, case.cache, slots, case.tables, segments)
     views = reference.page_views(case.cache, case.page, reference.rows(case.page))
     for views_of, token, head in (("key", 3, 0), ("value", 7, 1), ("key", 9, 1)):
         block, place = slots[token] // 16, slots[token] % 16
-        assert getattr(views, f"{views_of}_radius")[block, head, place] == 0
+        radius = getattr(views, f"{views_of}_radius")[block, head, place]
+        assert radius == 0 and not radius.signbit()
         codes = getattr(views, f"{views_of}_codes")[block, :, place]
         assert not codes[head].any() and codes[1 - head].any()
     check_decode(case)
@@ -390,10 +540,25 @@ def test_prefill_with_factors_of_every_head(preset: str) -> None:
     check_prefill(make_case(page_for(preset, 64), [], [(50, 9), (0, 4)], heads=3, uneven=True))
 
 
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_with_centres(preset: str, dtype: torch.dtype) -> None:
+    """The segment after the prefixes' last one is poisoned."""
+    chunks = [(255, 3), (256, 4), (511, 2), (0, 5)]
+    check_prefill(make_case(page_for(preset, 128), [], chunks, dtype=dtype, heads=3, centred=True))
+
+
 @pytest.mark.parametrize("segment_tokens", [16, 50, 100, 1000])
-@pytest.mark.parametrize("uneven", [False, True])
-def test_prefill_merges_the_segments_of_a_prefix(segment_tokens: int, uneven: bool) -> None:
-    case = make_case(page_for("polarquant_k3v3", 64, 32), [], [(300, 9)], dtype=torch.float16, uneven=uneven)
+@pytest.mark.parametrize("kind", ["codec", "uneven", "centred"])
+def test_prefill_merges_the_segments_of_a_prefix(segment_tokens: int, kind: str) -> None:
+    case = make_case(
+        page_for("polarquant_k3v3", 64, 32),
+        [],
+        [(300, 9)],
+        dtype=torch.float16,
+        uneven=kind == "uneven",
+        centred=kind == "centred",
+    )
     out = case.out()
     prefill_attention(
         case.query,
@@ -411,16 +576,17 @@ def test_prefill_merges_the_segments_of_a_prefix(segment_tokens: int, uneven: bo
     assert relative_error(out, case.expected_prefill()) < 2 * TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4"])
-def test_a_batch_of_decodes_and_prefills(preset: str, uneven: bool) -> None:
+def test_a_batch_of_decodes_and_prefills(preset: str, centred: bool) -> None:
     """A step as a layer runs it: store everything, then both attentions into one output."""
     case = make_case(
         page_for(preset, 128, 32),
         [(75, 1), (33, 3), (0, 0), (4, 4)],
         [(40, 7), (0, 33), (65, 1)],
         padding=2,
-        uneven=uneven,
+        uneven=not centred,
+        centred=centred,
     )
     check_decode(case)
     check_prefill(case)
@@ -480,9 +646,10 @@ def test_warm_up_compiles_everything(preset: str) -> None:
     case = make_case(page_for(preset, 96, 48), [(40, 2)], [(40, 7)])
     ops = CpuOperations(case.shape)
     ops.warm_up(case.page, case.tables)
-    loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes)
+    loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes, write.take_away)
     compiled = [len(loop.signatures) for loop in loops]
-    ops.store(case.key, case.value, case.cache, torch.arange(9), case.tables)
+    plan = ops.planner().plan(case.batch)
+    ops.store(case.key, case.value, case.cache, torch.arange(9), case.tables, plan.segments)
     decode(case)
     prefill(case)
     assert [len(loop.signatures) for loop in loops] == compiled
@@ -494,7 +661,7 @@ def test_golden_page() -> None:
     cache = torch.zeros(1, 1, 16, GOLDEN_PAGE.slot.nbytes, dtype=torch.uint8)
     held = tables(GOLDEN_PAGE.slot, torch.bfloat16, CPU)
     ops = CpuOperations(LayerShape(GOLDEN_PAGE.slot, 1, 1, torch.bfloat16, CPU))
-    ops.store(*golden_vectors(), cache, torch.arange(16), held)
+    ops.store(*golden_vectors(), cache, torch.arange(16), held, torch.zeros(16, dtype=torch.int32))
     # Cells name the nearest points of these vectors, so the search finds what the reference finds.
     assert bytes(cache.flatten().tolist()) == GOLDEN
 

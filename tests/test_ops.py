@@ -223,7 +223,8 @@ def golden_page(device: torch.device) -> torch.Tensor:
     cache = torch.zeros(1, 1, 16, page.slot.nbytes, dtype=torch.uint8, device=device)
     shape = LayerShape(page.slot, 1, 1, torch.bfloat16, device)
     ops = TritonOperations(shape, Limits(1), dense_attention)
-    ops.store(key, value, cache, torch.arange(16, device=device), tables(page.slot, torch.bfloat16, device))
+    slots = torch.arange(16, device=device)
+    ops.store(key, value, cache, slots, tables(page.slot, torch.bfloat16, device), slots.int() * 0)
     return cache.flatten().cpu()
 
 

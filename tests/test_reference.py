@@ -1,6 +1,7 @@
 """The reference's attention against loops over single tokens and against torch's own with masks.
 
-Pages hold 16-bit vectors as they are, so that what is attended to is known without the codec.
+Pages hold 16-bit vectors as they are, so that what is attended to is known without the codec; but for the
+last tests, of tables with centres and with factors of every head.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import math
 
 import pytest
 import torch
+from kernel_cases import ALL_PRESETS, DTYPES, centred_keys, centred_tables, relative_error
 
 from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention, UnsupportedAttention
-from vllm_polarquant.format import Slot
+from vllm_polarquant.codec import tables
+from vllm_polarquant.format import LOSSLESS, SEGMENT, Slot
 from vllm_polarquant.page import Page
 from vllm_polarquant.reference import Attended
 
@@ -205,3 +208,71 @@ def test_kernels_take_plain_attention() -> None:
     for change, name in (({"window": 3}, "window"), ({"soft_cap": 1.0}, "soft"), ({"sinks": SINKS}, "sinks")):
         with pytest.raises(UnsupportedAttention, match=name):
             Attention(0.1, **change).require_plain()
+
+
+ERROR = {2: 0.36, 2.5: 0.25, 3: 0.17, 3.5: 0.12, 4: 0.09, 8: 0.04, 16: 1e-6}
+"""Of a vector relative to its length, by the bits of a coordinate."""
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_with_a_mean_and_sinks_come_back(preset: str, dtype: torch.dtype) -> None:
+    """True keys, with an error of what is left of them without their centres, as attention sees it."""
+    cpu, page = torch.device("cpu"), Page(Slot(preset, 64), 16)
+    held = centred_tables(page.slot, 2, dtype, cpu, 600)
+    position = torch.arange(600)
+    key, value = centred_keys(held, position, dtype), torch.randn(600, 2, 64).to(dtype)
+    cache = torch.zeros(40, 2, 16, page.slot.nbytes, dtype=torch.uint8)
+    blocks, order = torch.randperm(40).int(), reference.rows(page)
+    slots = blocks[position // 16].long() * 16 + position % 16
+    reference.store_kv(key, value, cache, slots, page, order, held, position // SEGMENT)
+    signs = reference.page_views(cache, page, order).key_radius[blocks.long()].transpose(1, 2).flatten(0, 1)
+    assert signs.signbit()[2:600].all() == (preset != LOSSLESS)
+    assert not signs.signbit()[:2].any()
+    back = reference.read_kv(cache, blocks, 600, page, order, dtype, held)
+    # Keys less their means are of length 4 in the basis of the codes, and sinks of length 1.
+    scaled = (back[0] - key) * held.key_factors
+    bits = ERROR[page.slot.key.bits]
+    assert scaled[2:].norm(dim=-1).square().mean().sqrt() < 4.1 * bits + (dtype == torch.bfloat16) * 0.02
+    assert scaled[:2].norm(dim=-1).max() < 1.3 * 1.3 * bits
+    assert relative_error(back[1], value) < ERROR[page.slot.value.bits]
+
+    query = torch.randn(3, 4, 64).to(dtype)
+    attended = reference.attention(
+        query, cache, blocks[None], torch.tensor([600]), torch.tensor([0, 3]), page, order,
+        Attention(0.125), None, held,
+    )  # fmt: skip
+    want = reference.dense_attention(query, *back, torch.arange(597, 600), Attention(0.125))
+    assert torch.equal(attended.out, want.out) and torch.equal(attended.lse, want.lse)
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_tables_without_centres_are_the_codecs(preset: str) -> None:
+    page = Page(Slot(preset, 64), 16)
+    key, value = torch.randn(2, 30, 2, 64).bfloat16()
+    order, slots = reference.rows(page), torch.arange(30)
+    plain, given = torch.zeros(2, 2, 2, 16, page.slot.nbytes, dtype=torch.uint8)
+    reference.store_kv(key, value, plain, slots, page, order)
+    held = tables(page.slot, torch.bfloat16, torch.device("cpu"), 2, 3)
+    reference.store_kv(key, value, given, slots, page, order, held, torch.arange(30))
+    assert torch.equal(plain, given)
+    blocks = torch.arange(2, dtype=torch.int32)
+    for x, y in zip(
+        reference.read_kv(plain, blocks, 30, page, order, torch.bfloat16),
+        reference.read_kv(plain, blocks, 30, page, order, torch.bfloat16, held),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+
+
+def test_positions_past_the_tables_share_the_last_centre() -> None:
+    cpu, page = torch.device("cpu"), Page(Slot("polarquant_k4v4", 64), 16)
+    held = centred_tables(page.slot, 2, torch.bfloat16, cpu, 600)
+    held = held._replace(centres=held.centres[:2].contiguous())
+    position = torch.arange(1024)
+    key = centred_keys(held, position, torch.bfloat16)
+    cache = torch.zeros(64, 2, 16, page.slot.nbytes, dtype=torch.uint8)
+    order = reference.rows(page)
+    reference.store_kv(key, key, cache, position, page, order, held, position // SEGMENT)
+    back, _ = reference.read_kv(cache, torch.arange(64).int(), 1024, page, order, torch.bfloat16, held)
+    assert relative_error(back[768:], key[768:]) < 0.03

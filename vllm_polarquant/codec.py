@@ -228,6 +228,24 @@ def encode_rotated(
     return torch.where(usable, radius, 0), torch.where(usable[..., None], codes, 0)
 
 
+def encode_centred(
+    y: torch.Tensor, amax: torch.Tensor, centre: torch.Tensor, vector: VectorFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_rotated` of what is shorter: amax * y, or that less its centre.
+
+    A key mostly is its mean, which is better left out of its codes; but the first tokens' keys are short,
+    and lie far from the mean. The sign bit of the radius is set where the centre was taken away.
+
+    y, amax, vector: as for `encode_rotated`. centre: float32 [..., d], rotated; one of zeros, or one that is
+        not finite, is never taken away.
+    """
+    # Infinite where amax is tiny: then the difference is not shorter.
+    left = y - torch.where(amax > 0, 1 / amax, 0.0)[..., None] * centre
+    centred = left.square().sum(-1) < y.square().sum(-1)
+    radius, codes = encode_rotated(torch.where(centred[..., None], left, y), amax, vector)
+    return torch.where(centred, -radius, radius), codes
+
+
 def encode(x: torch.Tensor, vector: VectorFormat, seed: int = SEED) -> tuple[torch.Tensor, torch.Tensor]:
     """Store vectors: x float [..., d] -> radii bfloat16 [...], codes uint8 [..., vector.code_bytes(d)].
 
@@ -256,6 +274,21 @@ def decode_unit(codes: torch.Tensor, vector: VectorFormat, dtype: torch.dtype) -
     window = windows(unpack(codes, vector.pair_bits), vector.pair_bits)
     points = codebook(vector.pair_bits).to(codes.device)[window]
     return points.transpose(-1, -2).flatten(-2)
+
+
+def decode_centred(
+    radius: torch.Tensor,
+    codes: torch.Tensor,
+    centre: torch.Tensor,
+    vector: VectorFormat,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Read what `encode_centred` stored, rotated as it is: float64 [..., d].
+
+    centre: float [..., d], read where the radius's sign bit is set. dtype: as for `decode_unit`.
+    """
+    y = decode_unit(codes, vector, dtype).double() * decode_radius(radius).double()[..., None]
+    return torch.where(radius.signbit()[..., None], y + centre, y)
 
 
 def decode(
@@ -356,6 +389,10 @@ class Tables(NamedTuple):
     it becomes ``(q * query_factors[h]) @ mixing.T``; values likewise with value_factors, and outputs
     ``(o @ mixing) * output_factors``. Keys' and queries' factors multiply to 1, as do values' and outputs'.
 
+    From a key at position p the centre of segment ``min(p // SEGMENT, segments - 1)`` is taken away where
+    that makes it shorter (`encode_centred`), and readers add it: to its logit, the product of query and
+    centre. Raw keys have none.
+
     mixing: float32 [d, d], orthogonal: of the codec's rotation, or the identity for raw vectors.
     key_factors, query_factors: float32 [1 or kv heads, d].
     value_factors, output_factors: float32 [1, d].
@@ -363,6 +400,8 @@ class Tables(NamedTuple):
     key_lut, value_lut: int32 [n], the same points in the model's 16-bit float type, x in the low half
         and y in the high half, so that one load brings both coordinates of a pair.
     key_cells, value_cells: int32 [cells, states], the encoders' search_cells; [1, 1] of zeros where unused.
+    centres: int32 [segments, 1 or kv heads, d / 2], rotated like keys: coordinates j in the low half and
+        j + d / 2 in the high half, in the model's 16-bit float type. Zeros take nothing away.
     """
 
     mixing: torch.Tensor
@@ -376,10 +415,35 @@ class Tables(NamedTuple):
     value_lut: torch.Tensor
     key_cells: torch.Tensor
     value_cells: torch.Tensor
+    centres: torch.Tensor
 
 
-def tables(slot: Slot, dtype: torch.dtype, device: torch.device) -> Tables:
-    """Constants of a slot for a model of `dtype` (bfloat16 or float16), new tensors on `device`."""
+def pack_centres(centres: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tables.centres int32 [..., d / 2] of rotated centres float [..., d].
+
+    A centre that `dtype` cannot hold, or that is not finite, becomes zeros.
+    """
+    rounded = centres.to(dtype)
+    rounded = torch.where(rounded.isfinite().all(-1, keepdim=True), rounded, 0)
+    return torch.stack(rounded.chunk(2, -1), -1).view(torch.int32)[..., 0]
+
+
+def unpack_centres(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `pack_centres`: float32 [..., d]."""
+    return words[..., None].view(dtype).float().transpose(-1, -2).flatten(-2)
+
+
+def tables(
+    slot: Slot, dtype: torch.dtype, device: torch.device, num_kv_heads: int = 1, segments: int = 1
+) -> Tables:
+    """Constants of a slot for a model of `dtype` (bfloat16 or float16), new tensors on `device`.
+
+    Factors are those of the codec's rotation, the same for all kv heads, and centres are zeros.
+
+    num_kv_heads: rows of keys' and queries' factors, and of centres; 1 serves any number of kv heads, but
+        then all factors are one tensor, which is not to be written to.
+    segments: of centres.
+    """
     polar = [vector.kind == "polar" for vector in (slot.key, slot.value)]
     points = [
         codebook(vector.pair_bits) if some else torch.zeros(1, 2)
@@ -395,7 +459,11 @@ def tables(slot: Slot, dtype: torch.dtype, device: torch.device) -> Tables:
         if slot.key.rotated
         else (torch.eye(slot.head_dim), torch.ones(slot.head_dim))
     )
-    # One tensor of all four: what a kernel has read of it for queries is at hand for outputs.
-    factors = [signs.float()[None].to(device, copy=True)] * 4
+    # One tensor of all four where heads share it: what a kernel has read of it for queries is at hand for
+    # outputs.
+    shared = signs.float()[None].to(device, copy=True)
+    own = [shared if num_kv_heads == 1 else shared.repeat(num_kv_heads, 1) for _ in ("key", "query")]
+    centres = torch.zeros(segments, num_kv_heads, slot.head_dim // 2, dtype=torch.int32, device=device)
     rest = [part.to(device, copy=True) for part in (*points, *luts, *cells)]
-    return Tables(mixing.float().contiguous().to(device, copy=True), *factors, *rest)
+    mixing = mixing.float().contiguous().to(device, copy=True)
+    return Tables(*[mixing, *own, shared, shared, *rest, centres])

@@ -115,6 +115,25 @@ def route_backends(choose: Callable[[Any], str]) -> None:
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
+def after_kv_cache(call: Callable[[Any], None]) -> None:
+    """Call `call(worker)` in each worker, on all ranks, once its KV cache is there.
+
+    That is before kernels are warmed up and graphs captured. Idempotent.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    original = WorkerWrapperBase.initialize_from_config
+    if getattr(original, "calls_polarquant", False):
+        return
+
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        call(self.worker)
+
+    initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.initialize_from_config = initialize_from_config
+
+
 def hide_numba() -> None:
     """Let another engine start in this process after numba has been imported.
 

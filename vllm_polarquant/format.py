@@ -19,7 +19,11 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 SCALAR_BITS = 8.0
 RADIUS_BYTES = 2
-"""A bfloat16, which covers float32's range. Its sign bit is free: written as 0, and no reader looks at it."""
+"""A bfloat16, which covers float32's range. The sign bit of a key's says that the key is stored less its
+centre; that of a value's is free: written as 0, and no reader looks at it."""
+
+SEGMENT = 256
+"""Positions that share a centre of keys (codec.Tables.centres)."""
 
 MIN_FIT_GAIN = 0.981
 """A least-squares radius never shortens a vector by more than this factor."""

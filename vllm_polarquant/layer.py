@@ -10,21 +10,32 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_polarquant import support
 from vllm_polarquant.attention import Attention
+from vllm_polarquant.centring import layer_tables
 from vllm_polarquant.codec import Tables, tables
 from vllm_polarquant.flash import flash_attention
 from vllm_polarquant.format import Slot
 from vllm_polarquant.kernels.ops import DenseAttention, LayerShape, Limits, Operations, Plan, operations
+from vllm_polarquant.startup import Sample, centres_keys, num_segments
 
 
 def _limits(config: VllmConfig) -> Limits:
     # A batch of decodes is padded to the size of a captured graph.
     graph = config.compilation_config.max_cudagraph_capture_size or 0
     return Limits(max(config.scheduler_config.max_num_seqs, graph), max_decode_query_len(config))
+
+
+def _plan_of(layer: torch.nn.Module) -> Plan | None:
+    """The plan of the step that runs, as vLLM's own layers look theirs up."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):
+        metadata = metadata[0]
+    return metadata[layer.layer_name] if isinstance(metadata, dict) else metadata
 
 
 def _no_dense_attention(*_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,14 +98,19 @@ class PolarQuantImpl(AttentionImpl[Plan]):
             device,
         )
         self.limits = _limits(config)
-        self.ops, self.tables = self._shared(config) or self._own()
+        self.ops, self.constants = self._shared(config) or self._own()
+        self.centred = self.shape.slot.key.kind != "raw" and centres_keys(config)
+        self.tables = self.constants
+        if self.centred:
+            self.tables = layer_tables(self.constants, self.num_kv_heads, num_segments(config))
+        self.sample: Sample | None = None
 
     def _shared(self, config: VllmConfig) -> tuple[Operations, Tables] | None:
-        """Those of an earlier layer of this engine, so that all layers of a shape share workspaces."""
+        """Those of an earlier layer of this engine: all of a shape share workspaces and constants."""
         for layer in config.compilation_config.static_forward_context.values():
             other = getattr(layer, "impl", None)
             if isinstance(other, PolarQuantImpl) and (other.shape, other.limits) == (self.shape, self.limits):
-                return other.ops, other.tables
+                return other.ops, other.constants
         return None
 
     def _own(self) -> tuple[Operations, Tables]:
@@ -114,8 +130,10 @@ class PolarQuantImpl(AttentionImpl[Plan]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if kv_cache.numel():
-            self.ops.store(key, value, kv_cache, slot_mapping, self.tables)
+        plan = _plan_of(layer)
+        # Without a plan it is a memory profile, or a step without requests.
+        if plan is not None and kv_cache.numel():
+            self.ops.store(key, value, kv_cache, slot_mapping, self.tables, plan.segments)
 
     def forward(
         self,
@@ -137,6 +155,8 @@ class PolarQuantImpl(AttentionImpl[Plan]):
             self.ops.reserve(len(query))
             return output.zero_()
         batch = attn_metadata.batch
+        if self.sample is not None and self.sample.attend(query, key, value, batch, output):
+            return output
         if batch.num_decodes:
             self.ops.decode(query, kv_cache, attn_metadata, self.attention, self.tables, output)
         if batch.num_prefills:

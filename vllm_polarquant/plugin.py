@@ -26,9 +26,16 @@ def register() -> None:
     compat.register_dtypes(names)
     compat.register_backend("vllm_polarquant.backend.PolarQuantBackend")
     compat.route_backends(_choose)
+    compat.after_kv_cache(_centre_keys)
 
 
 def _choose(selector: object) -> str:
     from vllm_polarquant.backend import backend_path
 
     return backend_path(selector)
+
+
+def _centre_keys(worker: object) -> None:
+    from vllm_polarquant import startup
+
+    startup.run(worker)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_polarquant import codec
 from vllm_polarquant.attention import Attention
-from vllm_polarquant.codec import decode, encode
+from vllm_polarquant.codec import Tables, by_largest, decode_centred, encode_centred, unpack_centres
+from vllm_polarquant.format import SEGMENT, VectorFormat
 from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE, Page, dense_block_stride
 
 
@@ -113,19 +115,57 @@ def store_kv(
     slot_mapping: torch.Tensor,
     page: Page,
     order: Order,
+    tables: Tables | None = None,
+    segments: torch.Tensor | None = None,
 ) -> None:
-    """Write key and value [T, H, d] to the slots of slot_mapping int64 [T]; slots < 0 are dropped."""
+    """Write key and value [T, H, d] to their slots.
+
+    Args:
+        key, value: of a 16-bit float type where tables are None.
+        cache: uint8 [B, H, N, slot.nbytes].
+        slot_mapping: int64 [T'], T' <= T; slots < 0 are dropped.
+        page: of the cache.
+        order: of the bytes of its codes.
+        tables: of the layer; None for codec.tables, without centres.
+        segments: int [T'], of each token's position; None for the first one.
+    """
+    tables = tables or codec.tables(page.slot, key.dtype, key.device)
     views = page_views(cache, page, order)
     kept = slot_mapping >= 0
     slots = slot_mapping[kept]
     block, token = slots // page.block_size, slots % page.block_size
-    for x, vector, codes_view, radius_view in (
-        (key, page.slot.key, views.key_codes, views.key_radius),
-        (value, page.slot.value, views.value_codes, views.value_radius),
+    centres = unpack_centres(tables.centres, key.dtype)
+    segment = torch.zeros_like(slots) if segments is None else segments[: len(kept)][kept].long()
+    centre = centres[segment.clamp_max(len(centres) - 1)]
+    for x, vector, factors, minus, codes_view, radius_view in (
+        (key, page.slot.key, tables.key_factors, centre, views.key_codes, views.key_radius),
+        (
+            value,
+            page.slot.value,
+            tables.value_factors,
+            torch.zeros_like(centre),
+            views.value_codes,
+            views.value_radius,
+        ),
     ):
-        radius, codes = encode(x[: len(kept)][kept], vector)
+        radius, codes = _encode(x[: len(kept)][kept], vector, factors, tables.mixing, minus)
         codes_view[block, :, token] = codes
         radius_view[block, :, token] = radius
+
+
+def _encode(
+    x: torch.Tensor,
+    vector: VectorFormat,
+    factors: torch.Tensor,
+    mixing: torch.Tensor,
+    centre: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Radii [T, H] and codes [T, H, bytes] of vectors [T, H, d]."""
+    if vector.kind == "raw":
+        # Not mixed, as a sum of NaN would reach every coordinate; the mixing of raw vectors is the identity.
+        return codec.encode((x * factors).to(x.dtype), vector)
+    unit, amax = by_largest(x)
+    return encode_centred((unit * factors) @ mixing.T, amax, centre, vector)
 
 
 def read_kv(
@@ -135,20 +175,38 @@ def read_kv(
     page: Page,
     order: Order,
     dtype: torch.dtype,
+    tables: Tables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float32 [length, H, d].
+    """Decode one request's first tokens: block_table int32 [blocks] -> K and V float64 [length, H, d].
 
-    dtype: the model's, in which raw vectors are stored.
+    Keys are whole: their centres are added. dtype: the model's, in which raw vectors are stored. tables: of
+    the layer; None for codec.tables.
     """
+    tables = tables or codec.tables(page.slot, dtype, cache.device)
     views = page_views(cache, page, order)
     slot = page.slot
     position = torch.arange(length, device=cache.device)
     block = block_table[position // page.block_size].long()
     token = position % page.block_size
-    return (
-        decode(views.key_radius[block, :, token], views.key_codes[block, :, token], slot.key, dtype),
-        decode(views.value_radius[block, :, token], views.value_codes[block, :, token], slot.value, dtype),
+    centres = unpack_centres(tables.centres, dtype).double()
+    key = decode_centred(
+        views.key_radius[block, :, token],
+        views.key_codes[block, :, token],
+        centres[(position // SEGMENT).clamp_max(len(centres) - 1)],
+        slot.key,
+        dtype,
     )
+    value = decode_centred(
+        views.value_radius[block, :, token].abs(),
+        views.value_codes[block, :, token],
+        torch.zeros(slot.head_dim, dtype=torch.float64, device=cache.device),
+        slot.value,
+        dtype,
+    )
+    if slot.key.rotated:
+        mixing = tables.mixing.double()
+        key, value = key @ mixing, value @ mixing
+    return key * tables.query_factors, value * tables.output_factors
 
 
 class Attended(NamedTuple):
@@ -206,6 +264,7 @@ def attention(
     order: Order,
     attention: Attention,
     starts: torch.Tensor | None = None,
+    tables: Tables | None = None,
 ) -> Attended:
     """Causal paged attention in float64.
 
@@ -219,6 +278,7 @@ def attention(
         order: of the bytes of its codes.
         attention: scale, window, soft cap and sinks.
         starts: int32 [R], the first position of each request that its queries see; None for 0.
+        tables: of the layer; None for codec.tables, without centres.
 
     Returns:
         out and lse; rows of no request are zero and -inf.
@@ -232,7 +292,7 @@ def attention(
         count = mine.stop - mine.start
         if not count or not length:
             continue
-        key, value = read_kv(cache, block_table[request], length, page, order, query.dtype)
+        key, value = read_kv(cache, block_table[request], length, page, order, query.dtype, tables)
         position = torch.arange(length - count, length, device=query.device)
         out[mine], lse[:, mine] = dense_attention(query[mine], key, value, position, attention, first)
     return Attended(out, lse)

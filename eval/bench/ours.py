@@ -13,7 +13,7 @@ from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
 from vllm_polarquant.eval.bench.inputs import DTYPE, Inputs
-from vllm_polarquant.format import Slot
+from vllm_polarquant.format import SEGMENT, Slot
 from vllm_polarquant.kernels.ops import (
     Batch,
     DenseAttention,
@@ -143,12 +143,17 @@ class PolarLayer:
     def __init__(self, inputs: Inputs, ops: Operations, plan: Plan | None, cache: torch.Tensor) -> None:
         self.inputs, self.ops, self.plan, self.cache = inputs, ops, plan, cache
         self.slot = ops.shape.slot
-        self.tables = tables(self.slot, DTYPE, cache.device)
+        # As many centres as serving has; which they are makes no difference to time.
+        longest = max(inputs.case.seq_lens)
+        heads, segments = inputs.case.kv_heads, -(-longest // SEGMENT)
+        self.tables = tables(self.slot, DTYPE, cache.device, heads, segments)
+        count = max(len(inputs.slots), len(inputs.pattern_key))
+        self.segments = torch.zeros(count, dtype=torch.int32, device=cache.device)
         self.attention = Attention(inputs.case.scale)
         self.out = torch.empty_like(inputs.query)
 
     def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        self.ops.store(key, value, self.cache, slots, self.tables)
+        self.ops.store(key, value, self.cache, slots, self.tables, self.segments)
 
     def attend(self) -> torch.Tensor:
         given, plan = self.inputs, self.plan

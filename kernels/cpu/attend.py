@@ -57,7 +57,7 @@ def decode_attention(
     read.attend(
         rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(),
         block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.key.reader, key_region,
-        tables.value.reader, value_region, split_out, split_max, split_sum,
+        tables.key.centres, tables.value.reader, value_region, split_out, split_max, split_sum,
     )  # fmt: skip
     merged, merged_lse = torch.empty_like(rotated), torch.empty(rotated.shape[1], tokens)
     read.merge(split_out, split_max, split_sum, merged.numpy(), merged_lse.numpy())

@@ -8,6 +8,7 @@ import torch
 
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables
+from vllm_polarquant.format import SEGMENT
 from vllm_polarquant.kernels.cpu.attend import decode_attention
 from vllm_polarquant.kernels.cpu.prefill import prefill_attention
 from vllm_polarquant.kernels.cpu.store import store_kv
@@ -17,10 +18,15 @@ from vllm_polarquant.page import Page, page_of
 
 
 class CpuPlanner(Planner):
-    """Nothing needs planning where the host computes."""
+    """Works out positions; nothing else needs planning where the host computes."""
 
     def plan(self, batch: Batch) -> Plan:
-        return Plan(batch)
+        ends = batch.query_start_loc_cpu[1:]
+        token = torch.arange(batch.num_tokens, dtype=torch.int32)
+        request = torch.searchsorted(ends, token, right=True).clamp_max_(len(ends) - 1)
+        position = (batch.seq_lens - ends)[request] + token
+        # Padded rows have no positions.
+        return Plan(batch, position.clamp_min_(0) // SEGMENT)
 
 
 class CpuOperations(Operations):
@@ -57,8 +63,10 @@ class CpuOperations(Operations):
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         tables: Tables,
+        segments: torch.Tensor,
     ) -> None:
-        store_kv(key, value, cache, slot_mapping, page_of(cache, self.shape.slot), self._of(tables))
+        page = page_of(cache, self.shape.slot)
+        store_kv(key, value, cache, slot_mapping, page, self._of(tables), segments)
 
     def decode(
         self,
@@ -133,7 +141,7 @@ class CpuOperations(Operations):
         query = torch.ones(3, shape.num_heads, page.slot.head_dim, dtype=shape.dtype)
         out = torch.empty_like(query)
         plan, attention = self.planner().plan(batch), Attention(1.0)
-        self.store(x, x, cache, torch.arange(3), tables)
+        self.store(x, x, cache, torch.arange(3), tables, plan.segments)
         self.decode(query, cache, plan, attention, tables, out)
         self.prefill(query, x, x, cache, plan, attention, tables, out)
 

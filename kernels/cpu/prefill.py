@@ -59,7 +59,7 @@ def prefill_attention(
         n = min(segment_tokens, context_len - start)
         segment = torch.empty(2, n, heads, page.slot.head_dim)
         for into, side, region in zip(segment, (tables.key, tables.value), regions(page), strict=True):
-            gather(row, start, memory, blocks, side.reader, region, into.numpy())
+            gather(row, start, memory, blocks, side.reader, region, side.centres, into.numpy())
         part = _dense(rotated, segment[0], segment[1], attention.scale, causal=False)
         merged = part if merged is None else _merge(*merged, *part)
     assert merged is not None

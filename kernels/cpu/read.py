@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numba import njit, prange
 
+from vllm_polarquant.format import SEGMENT
 from vllm_polarquant.kernels.cpu.vectors import FP8, RAW
 from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE
 
@@ -15,11 +16,29 @@ _NO_MASS = np.float32(-1e30)
 
 
 @njit(cache=True)
-def _load_radii(memory, start, count, bits):
-    """bfloat16 radii at `start` as bits of float32, uint32 [count], whatever their sign bit says."""
+def _load_radii(memory, start, count, bits, centred):
+    """bfloat16 radii at `start` as bits of float32, uint32 [count]; returns whether any sign bit is set.
+
+    centred: uint32 [count], not 0 where one is.
+    """
+    some = np.uint32(0)
     for t in range(count):
         at = start + RADIUS_STRIDE * t
         bits[t] = np.uint32(memory[at]) << np.uint32(16) | np.uint32(memory[at + 1] & 0x7F) << np.uint32(24)
+        centred[t] = np.uint32(memory[at + 1] & 0x80)
+        some |= centred[t]
+    return some != 0
+
+
+@njit(cache=True)
+def _load_centre(centres, segment, head, centre):
+    """The centre of a segment within the table, f32 [d]."""
+    half = len(centre) // 2
+    words = centres.words[segment, min(head, centres.words.shape[1] - 1)]
+    for j in range(half):
+        word = np.uint64(words[j])
+        centre[j] = centres.lut[word & np.uint64(0xFFFF)]
+        centre[j + half] = centres.lut[word >> np.uint64(16)]
 
 
 @njit(cache=True)
@@ -74,7 +93,7 @@ def _load_tile(codes, count, reader, points, tile):
 
 @njit(cache=True, parallel=True, fastmath=True)
 def attend(
-    query, query_start, seq_lens, starts, block_table, heads, memory, blocks, key, key_region, value,
+    query, query_start, seq_lens, starts, block_table, heads, memory, blocks, key, key_region, centres, value,
     value_region, split_out, split_max, split_sum,
 ):  # fmt: skip
     """Flash attention of one (request, kv head, split) a task, on rotated and scaled queries.
@@ -111,14 +130,32 @@ def attend(
         radius_bits = np.empty(_TILE, np.uint32)
         radii = radius_bits.view(np.float32)
         weights = np.empty((max(rows, 1), _TILE), np.float32)
+        centred = np.empty(_TILE, np.uint32)
+        centre = np.empty(d, np.float32)
+        # What a row's logits of centred keys lack.
+        missing = np.empty(max(rows, 1), np.float32)
+        segment = -1
         for start in range(begin, end, width):
             step = min(width, end - start)
             block = np.int64(block_table[request, start // block_size])
             page = block * blocks.stride + head * blocks.page_bytes
             inside = start % block_size
+            # Segments are a whole number of tiles.
+            own_segment = min(start // SEGMENT, len(centres.words) - 1)
+            if own_segment != segment:
+                segment = own_segment
+                _load_centre(centres, segment, head, centre)
+                for row in range(rows):
+                    q = query[first + row // group, head * group + row % group]
+                    dot = np.float32(0)
+                    for j in range(d):
+                        dot += q[j] * centre[j]
+                    missing[row] = dot
             at = page + key_region.codes + inside * key.code_bytes
             _load_tile(memory[at : at + step * key.code_bytes], step, key, points, bits)
-            _load_radii(memory, page + key_region.radii + inside * RADIUS_STRIDE, step, radius_bits)
+            some = _load_radii(
+                memory, page + key_region.radii + inside * RADIUS_STRIDE, step, radius_bits, centred
+            )
             for row in range(rows):
                 token, member = row // group, row % group
                 q = query[first + token, head * group + member]
@@ -127,6 +164,9 @@ def attend(
                     for j in range(d):
                         dot += q[j] * tile[t, j]
                     weights[row, t] = dot * radii[t]
+                if some:
+                    for t in range(step):
+                        weights[row, t] += missing[row] if centred[t] else np.float32(0)
                 for t in range(min(visible - start, step)):
                     weights[row, t] = _NO_MASS
                 for t in range(max(0, length - count + token + 1 - start), step):
@@ -153,7 +193,9 @@ def attend(
                         out[j] *= shrink
             at = page + value_region.codes + inside * value.code_bytes
             _load_tile(memory[at : at + step * value.code_bytes], step, value, points, bits)
-            _load_radii(memory, page + value_region.radii + inside * RADIUS_STRIDE, step, radius_bits)
+            _load_radii(
+                memory, page + value_region.radii + inside * RADIUS_STRIDE, step, radius_bits, centred
+            )
             for row in range(rows):
                 out = split_out[split, first + row // group, head * group + row % group]
                 for t in range(step):
@@ -195,8 +237,8 @@ def merge(split_out, split_max, split_sum, out, lse):
 
 
 @njit(cache=True, parallel=True)
-def gather(block_table, start, memory, blocks, reader, region, out):
-    """Tokens [start, start + n) of one request: radius times unit vectors, f32 [n, heads, d], rotated."""
+def gather(block_table, start, memory, blocks, reader, region, centres, out):
+    """Tokens [start, start + n) of one request, f32 [n, heads, d], rotated: centres are added."""
     n, heads, d = out.shape
     for i in prange(n):
         points = np.empty(d // 2, np.uint32)
@@ -204,6 +246,8 @@ def gather(block_table, start, memory, blocks, reader, region, out):
         unit = bits.view(np.float32)
         radius_bits = np.empty(1, np.uint32)
         radius = radius_bits.view(np.float32)
+        centred = np.empty(1, np.uint32)
+        centre = np.empty(d, np.float32)
         position = start + i
         block = np.int64(block_table[position // blocks.tokens])
         inside = position % blocks.tokens
@@ -211,6 +255,10 @@ def gather(block_table, start, memory, blocks, reader, region, out):
             page = block * blocks.stride + head * blocks.page_bytes
             at = page + region.codes + inside * reader.code_bytes
             _load_tile(memory[at : at + reader.code_bytes], 1, reader, points, bits)
-            _load_radii(memory, page + region.radii + inside * RADIUS_STRIDE, 1, radius_bits)
+            some = _load_radii(memory, page + region.radii + inside * RADIUS_STRIDE, 1, radius_bits, centred)
             for j in range(d):
                 out[i, head, j] = unit[0, j] * radius[0]
+            if some:
+                _load_centre(centres, min(position // SEGMENT, len(centres.words) - 1), head, centre)
+                for j in range(d):
+                    out[i, head, j] += centre[j]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,17 @@ class Encoder(NamedTuple):
     unbiased: bool
 
 
+class Centres(NamedTuple):
+    """What the sign bits of radii speak of; values have one of zeros.
+
+    words: uint32 [segments, 1 or kv heads, d / 2], Tables.centres' own memory.
+    lut: float32 [65536], what each 16-bit float is.
+    """
+
+    words: np.ndarray
+    lut: np.ndarray
+
+
 class VectorTables(NamedTuple):
     """Of keys or of values. encoder: of polar vectors only. factors: float32 [1 or kv heads, d]."""
 
@@ -51,10 +63,11 @@ class VectorTables(NamedTuple):
     reader: Reader
     encoder: Encoder | None
     factors: torch.Tensor
+    centres: Centres
 
 
 class LoopTables(NamedTuple):
-    """Tables and what loops need besides; good for as long as the tables are not written to.
+    """Tables and what loops need besides; keys' and queries' factors and centres may be written to.
 
     restoring: float32 [d, d], by which sums of stored values are multiplied for outputs.
     """
@@ -75,12 +88,14 @@ class LoopTables(NamedTuple):
                 _reader(slot.key, head_dim, tables.key_points, dtype),
                 _encoder(slot.key, tables.key_points, tables.key_cells),
                 tables.key_factors,
+                Centres(tables.centres.numpy().view(np.uint32), sixteen_bits(dtype)),
             ),
             VectorTables(
                 slot.value,
                 _reader(slot.value, head_dim, tables.value_points, dtype),
                 _encoder(slot.value, tables.value_points, tables.value_cells),
                 tables.value_factors,
+                Centres(np.zeros((1, 1, head_dim // 2), np.uint32), sixteen_bits(dtype)),
             ),
             tables.mixing * tables.output_factors,
         )
@@ -97,13 +112,19 @@ class LoopTables(NamedTuple):
         return out @ self.restoring
 
 
+@cache
+def sixteen_bits(dtype: torch.dtype) -> np.ndarray:
+    """What each 16-bit float of a dtype is, float32 [65536]."""
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).float().numpy()
+
+
 def _reader(vector: VectorFormat, head_dim: int, points: torch.Tensor, dtype: torch.dtype) -> Reader:
     if vector.kind == "polar":
         lut = points.bfloat16().contiguous().view(torch.int32).flatten()
     elif vector.kind == "fp8":
         lut = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num(0)
     else:
-        lut = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
+        lut = torch.from_numpy(sixteen_bits(dtype))
     return Reader(
         _KINDS[vector.kind],
         vector.pair_bits,

@@ -109,18 +109,39 @@ def _pack(codes, pair_bits, out):
 
 
 @njit(cache=True)
-def _put_radius(radius, out):
-    """codec.encode_radius of one number >= 0 into two bytes: rounded to even, never infinite."""
+def _take_away(y, scale, centres, segment, head, left):
+    """y less its centre times scale, into left [d]; whether that is shorter (codec.encode_centred)."""
+    half = len(y) // 2
+    words = centres.words[min(segment, len(centres.words) - 1), min(head, centres.words.shape[1] - 1)]
+    square, left_square = np.float32(0), np.float32(0)
+    for j in range(half):
+        word = np.uint64(words[j])
+        left[j] = y[j] - scale * centres.lut[word & np.uint64(0xFFFF)]
+        left[j + half] = y[j + half] - scale * centres.lut[word >> np.uint64(16)]
+    for j in range(2 * half):
+        square += y[j] * y[j]
+        left_square += left[j] * left[j]
+    return left_square < square
+
+
+@njit(cache=True)
+def _put_radius(radius, centred, out):
+    """codec.encode_radius of one number >= 0, and the bit, into two bytes: to even, never infinite."""
     bits = np.array([radius], np.float32).view(np.uint32)[0]
     bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     bits = min(bits, _LARGEST_RADIUS)
     out[0] = bits & np.uint32(0xFF)
-    out[1] = bits >> np.uint32(8)
+    out[1] = bits >> np.uint32(8) | np.uint32(centred) << np.uint32(7)
 
 
 @njit(cache=True, parallel=True)
-def store_polar(rotated, largest, slots, encoder, code_bytes, memory, blocks, region):
-    """Encode rotated f32 [T, H, d] times largest f32 [T, H] into the slots int64 [T] that are >= 0."""
+def store_polar(
+    rotated, largest, segments, centres, slots, encoder, code_bytes, memory, blocks, region
+):  # fmt: skip
+    """Encode rotated f32 [T, H, d] times largest f32 [T, H] into the slots int64 [T] that are >= 0.
+
+    segments: int32 [T], of the centres.
+    """
     tokens, heads, d = rotated.shape
     half, states = d // 2, encoder.cells.shape[1]
     for task in prange(tokens * heads):
@@ -130,19 +151,42 @@ def store_polar(rotated, largest, slots, encoder, code_bytes, memory, blocks, re
             inside = slot % blocks.tokens
             page = slot // blocks.tokens * blocks.stride + head * blocks.page_bytes
             codes = np.zeros(half, np.uint8)
-            radius = np.float32(0)
+            radius, centred = np.float32(0), False
             if largest[token, head] > 0:
                 back = np.empty((half, states), np.uint8)
-                radius = largest[token, head] * _encode(rotated[token, head], encoder, back, codes)
+                y, left = rotated[token, head], np.empty(d, np.float32)
+                scale = np.float32(1) / largest[token, head]
+                centred = _take_away(y, scale, centres, segments[token], head, left)
+                if centred:
+                    y = left
+                radius = largest[token, head] * _encode(y, encoder, back, codes)
             start = page + region.codes + inside * code_bytes
             _pack(codes, encoder.pair_bits, memory[start : start + code_bytes])
             start = page + region.radii + inside * RADIUS_STRIDE
-            _put_radius(radius, memory[start : start + 2])
+            _put_radius(radius, centred, memory[start : start + 2])
 
 
 @njit(cache=True, parallel=True)
-def store_codes(codes, radii, slots, memory, blocks, region):
-    """Codes u8 [T, H, bytes] and bytes of radii u8 [T, H, 2] to the slots int64 [T] that are >= 0."""
+def take_away(rotated, largest, segments, centres, centred):
+    """Take centres from the vectors that are shorter without, in place, and say which: bool [T, H].
+
+    The other arguments are those of `store_polar`.
+    """
+    tokens, heads, d = rotated.shape
+    for task in prange(tokens * heads):
+        token, head = task // heads, task % heads
+        centred[token, head] = False
+        if largest[token, head] > 0:
+            left = np.empty(d, np.float32)
+            scale = np.float32(1) / largest[token, head]
+            if _take_away(rotated[token, head], scale, centres, segments[token], head, left):
+                rotated[token, head] = left
+                centred[token, head] = True
+
+
+@njit(cache=True, parallel=True)
+def store_codes(codes, radii, centred, slots, memory, blocks, region):
+    """Codes u8 [T, H, bytes], bytes of radii u8 [T, H, 2] and bool [T, H] to the slots int64 [T] >= 0."""
     tokens, heads, code_bytes = codes.shape
     for token in prange(tokens):
         slot = slots[token]
@@ -153,4 +197,5 @@ def store_codes(codes, radii, slots, memory, blocks, region):
                 start = page + region.codes + inside * code_bytes
                 memory[start : start + code_bytes] = codes[token, head]
                 start = page + region.radii + inside * RADIUS_STRIDE
-                memory[start : start + 2] = radii[token, head]
+                memory[start] = radii[token, head, 0]
+                memory[start + 1] = radii[token, head, 1] | np.uint8(centred[token, head]) << np.uint8(7)

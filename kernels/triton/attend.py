@@ -10,15 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_polarquant.format import SEGMENT
 from vllm_polarquant.kernels.triton.constants import RAW
 from vllm_polarquant.kernels.triton.lanes import (
     follow_maximum,
     for_maximum,
+    get_bonus,
     hadamard,
     load_words,
     mma,
     pack_halves,
     place_half,
+    put_bonuses,
     shuffle_int,
     transpose_halves,
     unpack_halves,
@@ -26,12 +29,17 @@ from vllm_polarquant.kernels.triton.lanes import (
 from vllm_polarquant.kernels.triton.launch import table_layout
 from vllm_polarquant.kernels.triton.page_io import (
     RADIUS_STRIDE,
+    is_centred,
     link,
     load_share,
     page_pointer,
     point,
     radii,
+    segment_centres,
 )
+
+SEGMENT_CHUNKS = tl.constexpr(SEGMENT // 16)
+"""Chunks of 16 tokens in a segment."""
 
 _MARGIN = tl.constexpr(8.0)
 """Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
@@ -68,10 +76,12 @@ def _attend(
     token,
     first_seen,
     scale_log2,
+    bonuses,
     key_lut,
     value_lut,
     lane,
     SETS: tl.constexpr,
+    CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     FROM_START: tl.constexpr,
     PAGE: tl.constexpr,
@@ -86,6 +96,7 @@ def _attend(
     and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the position before which query t may see tokens, then that before which tokens are
     stored.
+    bonuses: for each set what a key's centre adds to its logit for query t, in powers of two, if CENTRED.
     token: position of the first of the 16. first_seen: the first position that is seen, unless FROM_START.
     """
     KEYS: tl.constexpr = PAGE.keys
@@ -120,6 +131,8 @@ def _attend(
         scores = ()
         for half in tl.static_range(2):
             score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
+            if CENTRED:
+                score += tl.where(is_centred(stored[half]), bonuses[k], 0.0)
             if MASKED:
                 seen = _inside(key_token + 8 * half, first_seen, limits[k], FROM_START)
                 score = tl.where(seen, score, float("-inf"))
@@ -242,6 +255,52 @@ def _blocks(table, chunk, tile, lane, last, WARPS: tl.constexpr, BLOCK_SIZE: tl.
     return tl.load(table + there // BLOCK_SIZE)
 
 
+@triton.constexpr_function
+def _tiles_of_round(warps):
+    """Tiles, a multiple of 32, that surely lie in the 16 segments a warp whose bonuses are kept at a time."""
+    chunks = (16 * warps - 1) * SEGMENT_CHUNKS.value + 1
+    return chunks // warps // 32 * 32
+
+
+@triton.jit
+def _load_centres(
+    centres,
+    segment,
+    num_segments,
+    kv_head,
+    member,
+    CENTRES_PER_SEGMENT: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth after, as words."""
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    ALIGN: tl.constexpr = 16 if PAIRS % 4 == 0 else 8
+    words = ()
+    for half in tl.static_range(2):
+        own = segment_centres(
+            centres, segment + 8 * half, num_segments, kv_head, CENTRES_PER_SEGMENT, PAGE.head_dim
+        )
+        words = words + load_words(own + member * PAIRS, PAIRS, ALIGN)
+    return words
+
+
+@triton.jit
+def _centre_products(query, words, scale_log2, PAGE: tl.constexpr, DTYPE: tl.constexpr):
+    """Logits, in powers of two, of a warp's 16 centres of `_load_centres`, as `mma` has them."""
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    zero = tl.zeros(words[0].shape, tl.float32)
+    product = (zero, zero, zero, zero)
+    for step in tl.static_range(PAGE.head_dim // 16):
+        left = (words[2 * step], words[PAIRS + 2 * step], words[2 * step + 1], words[PAIRS + 2 * step + 1])
+        product = mma(product, left, query[2 * step : 2 * step + 2], DTYPE)
+    return (
+        product[0] * scale_log2,
+        product[1] * scale_log2,
+        product[2] * scale_log2,
+        product[3] * scale_log2,
+    )
+
+
 @triton.jit
 def read(
     thread,
@@ -262,18 +321,23 @@ def read(
     kv_head,
     key_lut,
     value_lut,
+    centres,
+    num_segments,
     scale_log2,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     FROM_START: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
+    BONUSES: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
 
     table: the request's row of the block table. first_seen: the first position that is seen, 0 if FROM_START.
     first_token, count: the request's queries. first_row: the first of the rows that this program takes.
+    BONUSES: where in shared memory those of centres go.
     """
     DTYPE: tl.constexpr = query.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
@@ -307,6 +371,21 @@ def read(
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, PAGE.block_size)
     page = page_pointer(cache, block, kv_head, block_stride, PAGE)
     fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
+    # Each warp works out what 16 segments' centres add to logits, for all; after so many tiles the next ones.
+    ROUND: tl.constexpr = _tiles_of_round(WARPS)
+    first_segment = start // SEGMENT_CHUNKS
+    centre_words = ()
+    if CENTRED:
+        centre_words = _load_centres(
+            centres,
+            first_segment + 16 * warp + group,
+            num_segments,
+            kv_head,
+            member,
+            CENTRES_PER_SEGMENT,
+            PAGE,
+        )
     column = group // 2
     if SETS == 2:
         column += 4 * (group % 2)
@@ -321,11 +400,26 @@ def read(
         row = first_row + 4 * k + member
         limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
+    products = (zero, zero, zero, zero)
+    if CENTRED:
+        products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+        put_bonuses(products, thread, SETS, BONUSES)
     tl.debug_barrier()
 
     for first in tl.range(0, total_tiles, 32):
         blocks = coming_blocks
         coming_blocks = _blocks(table, start + warp, first + 33, lane, last, WARPS, PAGE.block_size)
+        if CENTRED:
+            if (first > 0) & (first % ROUND == 0):
+                tl.debug_barrier()
+                first_segment = (start + first * WARPS) // SEGMENT_CHUNKS
+                centre_words = _load_centres(
+                    centres, first_segment + 16 * warp + group, num_segments, kv_head, member,
+                    CENTRES_PER_SEGMENT, PAGE,
+                )  # fmt: skip
+                products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+                put_bonuses(products, thread, SETS, BONUSES)
+                tl.debug_barrier()
         for PHASE in tl.static_range(1 if FROM_START else 0, 3):
             begin = tl.maximum(first, 0 if PHASE == 0 else (head if PHASE == 1 else tl.maximum(whole, head)))
             stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
@@ -338,9 +432,14 @@ def read(
                 bounds = ()
                 for k in tl.static_range(SETS + 1):
                     bounds = bounds + (tl.where(chunk < end, limits[k], 0),)
+                bonuses = ()
+                if CENTRED:
+                    for k in tl.static_range(SETS):
+                        segment = chunk // SEGMENT_CHUNKS - first_segment
+                        bonuses = bonuses + (get_bonus(products, segment, thread, k, SETS, BONUSES),)
                 state = _attend(
-                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, key_lut,
-                    value_lut, lane, SETS, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
+                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, bonuses, key_lut,
+                    value_lut, lane, SETS, CENTRED, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state

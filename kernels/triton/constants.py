@@ -150,6 +150,26 @@ def check_factors(name: str, factors: torch.Tensor, heads: int, head_dim: int) -
     return 0 if factors.shape[0] == 1 else head_dim
 
 
+def check_centres(centres: torch.Tensor, page: Page, heads: int) -> int:
+    """Rows of a segment's centres, 0 where there are none.
+
+    Raw keys have none, and a single row is that of codec.tables, of zeros. ValueError unless centres are a
+    dense int32 [segments, 1 or heads, d / 2].
+    """
+    check(
+        centres.dtype == torch.int32
+        and centres.dim() == 3
+        and centres.shape[0] > 0
+        and centres.shape[1] in (1, heads)
+        and centres.shape[2] == page.slot.head_dim // 2
+        and centres.is_contiguous(),
+        f"centres must be a dense int32 [segments, 1 or {heads}, {page.slot.head_dim // 2}], got "
+        f"{centres.dtype} {list(centres.shape)}",
+    )
+    some = page.slot.key.rotated and centres.shape[0] * centres.shape[1] > 1
+    return centres.shape[1] if some else 0
+
+
 def check_cache(cache: torch.Tensor, page: Page) -> int:
     """Bytes from one block to the next; ValueError unless cache is uint8 with dense blocks."""
     check(

@@ -21,6 +21,7 @@ from vllm_polarquant.kernels.triton.attend import read
 from vllm_polarquant.kernels.triton.constants import (
     check,
     check_cache,
+    check_centres,
     check_factors,
     check_heads,
     check_int,
@@ -28,6 +29,7 @@ from vllm_polarquant.kernels.triton.constants import (
     table_entries,
 )
 from vllm_polarquant.kernels.triton.lanes import (
+    bonus_bytes,
     exchange_bytes,
     fill_table,
     open_shared,
@@ -144,7 +146,7 @@ def _fill_tables(thread, key_lut, value_lut, PAGE: tl.constexpr, COPIES: tl.cons
 
 # What differs from batch to batch must not compile another kernel in the middle of serving.
 @triton.jit(
-    do_not_specialize=["table_stride", "lse_stride_head"],
+    do_not_specialize=["table_stride", "lse_stride_head", "num_segments"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "starts", "lse"],
 )
 def _decode_kernel(
@@ -163,6 +165,8 @@ def _decode_kernel(
     output_factors,
     key_lut,
     value_lut,
+    centres,
+    num_segments,
     scale_log2,
     out,
     out_stride_token,
@@ -183,6 +187,7 @@ def _decode_kernel(
     WARPS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     KEYS: tl.constexpr = PAGE.keys
@@ -197,7 +202,8 @@ def _decode_kernel(
     row_block = tl.program_id(1)
     program = tl.program_id(2)
     thread = tl.arange(0, WARPS * 32)
-    open_shared(thread, EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES)
+    BONUSES: tl.constexpr = EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES
+    open_shared(thread, BONUSES + (bonus_bytes(WARPS, SETS) if CENTRES_PER_SEGMENT > 0 else 0))
     record = begin_words + program * ITEM_WORDS
     following = items + (tl.load(record + ITEM_WORDS - 2) + 1) * ITEM_WORDS
     count_items = tl.load(record + ITEM_WORDS - 1)
@@ -234,8 +240,9 @@ def _decode_kernel(
                 state = read(
                     recomputed(thread), query, query_stride_token, query_stride_head, own_factors, cache,
                     block_stride, block_table + request.to(tl.int64) * table_stride, seq_len, first_seen,
-                    first_token, count, first_row, start, end, kv_head, key_lut, value_lut, scale_log2,
-                    GROUP, SETS, COPIES, ROTATE, FROM_START, PAGE,
+                    first_token, count, first_row, start, end, kv_head, key_lut, value_lut, centres,
+                    num_segments, scale_log2, GROUP, SETS, COPIES, ROTATE, FROM_START, CENTRES_PER_SEGMENT,
+                    BONUSES, PAGE,
                 )  # fmt: skip
                 write(
                     recomputed(thread), state, output_factors, out, out_stride_token, out_stride_head,
@@ -399,6 +406,8 @@ def decode_attention(
         tables.output_factors,
         tables.key_lut,
         tables.value_lut,
+        tables.centres,
+        len(tables.centres),
         attention.scale * _LOG2_E,
         out,
         out.stride(0),
@@ -419,6 +428,7 @@ def decode_attention(
         WARPS=launch.warps,
         COPIES=gpu.table_copies,
         ROTATE=page.slot.key.rotated and not separate,
+        CENTRES_PER_SEGMENT=check_centres(tables.centres, page, num_kv_heads),
         PAGE=page_constants(page),
         num_warps=launch.warps,
         maxnreg=launch.registers,

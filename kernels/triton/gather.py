@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 
 from vllm_polarquant.codec import Tables
+from vllm_polarquant.format import SEGMENT as _SEGMENT
 from vllm_polarquant.kernels.triton.constants import (
     check,
     check_cache,
+    check_centres,
     check_heads,
     check_int,
     page_constants,
@@ -23,6 +25,7 @@ from vllm_polarquant.kernels.triton.constants import (
 )
 from vllm_polarquant.kernels.triton.lanes import (
     fill_table,
+    load_words,
     open_shared,
     pack_halves,
     store_words,
@@ -37,8 +40,11 @@ from vllm_polarquant.kernels.triton.page_io import (
     part_pairs,
     point,
     radius_pointer,
+    segment_centres,
 )
 from vllm_polarquant.page import Page
+
+SEGMENT = tl.constexpr(_SEGMENT)
 
 _TABLE_BYTES = 40 << 10
 
@@ -64,15 +70,20 @@ def _store_part(
     TOKEN: tl.constexpr,
     part,
     radius,
+    centre,
+    centred,
     target,
     valid,
     lut,
     TABLE: tl.constexpr,
     COPIES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    CENTRED: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Store a lane's part `part` of its TOKEN-th vector, radius applied, to the row at `target`.
+    """Store a lane's part `part` of its TOKEN-th vector, radius and centre applied, to the row at `target`.
+
+    centre: pointers to the part of the centre that is added where `centred`, if CENTRED.
 
     words, before: of `load_share` and `link`.
     """
@@ -83,8 +94,15 @@ def _store_part(
     for pair in tl.static_range(PAIRS):
         both = point(words, before, TOKEN, pair, VECTOR, lut, TABLE, COPIES, lane, DTYPE)
         x, y = unpack_halves(both, DTYPE)
-        xs = xs + (x * radius,)
-        ys = ys + (y * radius,)
+        x *= radius
+        y *= radius
+        if CENTRED:
+            (word,) = load_words(centre + pair, 1, 4)
+            cx, cy = unpack_halves(word, DTYPE)
+            x = tl.where(centred, x + cx, x)
+            y = tl.where(centred, y + cy, y)
+        xs = xs + (x,)
+        ys = ys + (y,)
     run = target + part * PAIRS
     if PAIRS % 2 == 0:
         x_words = ()
@@ -105,7 +123,7 @@ def _store_part(
 
 # What differs from batch to batch must not compile another kernel in the middle of serving.
 @triton.jit(
-    do_not_specialize=["table_stride"],
+    do_not_specialize=["table_stride", "num_segments"],
     do_not_specialize_on_alignment=["block_table", "starts", "lengths_cu"],
 )
 def _gather_kernel(
@@ -117,6 +135,8 @@ def _gather_kernel(
     lengths_cu,
     key_lut,
     value_lut,
+    centres,
+    num_segments,
     key_out,
     key_stride_token,
     key_stride_head,
@@ -125,8 +145,10 @@ def _gather_kernel(
     value_stride_head,
     CHUNKS: tl.constexpr,
     WARPS: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
 ):
+    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     COPIES: tl.constexpr = _copies(KEYS.code, VALUES.code)
@@ -157,6 +179,10 @@ def _gather_kernel(
         block = tl.load(table + position // PAGE.block_size)
         page = page_pointer(cache, block, head, block_stride, PAGE)
         slot = position % PAGE.block_size
+        centre = segment_centres(
+            centres, position // SEGMENT, num_segments, head, CENTRES_PER_SEGMENT, PAGE.head_dim
+        )
+        centre += member * part_pairs(KEYS)
         for KIND in tl.static_range(2):
             if KIND == 0:
                 words = load_share(page, slot, group, member, KEYS)
@@ -167,24 +193,25 @@ def _gather_kernel(
             for TOKEN in tl.static_range(2 if KIND == 0 else 4):
                 if KIND == 0:
                     inside = group + 8 * TOKEN
-                    radius = decode_radius(tl.load(radius_pointer(page, slot + inside, KEYS)))
+                    stored = tl.load(radius_pointer(page, slot + inside, KEYS))
                 else:
                     inside = 2 * member + (TOKEN % 2 + TOKEN // 2 * 8)
-                    radius = decode_radius(tl.load(radius_pointer(page, slot + inside, VALUES)))
+                    stored = tl.load(radius_pointer(page, slot + inside, VALUES))
+                radius = decode_radius(stored)
                 own = position + inside
                 valid = (chunk <= last_chunk) & (own >= start) & (own < start + count)
                 row = (first_row + own - start).to(tl.int64)
                 if KIND == 0:
                     _store_part(
-                        words, before, lane, TOKEN, member, radius,
+                        words, before, lane, TOKEN, member, radius, centre, stored < 0,
                         key_out + row * key_stride_token + head * key_stride_head, valid,
-                        key_lut, 0, COPIES, PAGE.head_dim, KEYS,
+                        key_lut, 0, COPIES, PAGE.head_dim, CENTRED, KEYS,
                     )  # fmt: skip
                 else:
                     _store_part(
-                        words, before, lane, TOKEN, group, radius,
+                        words, before, lane, TOKEN, group, radius, centre, stored < 0,
                         value_out + row * value_stride_token + head * value_stride_head, valid,
-                        value_lut, VALUE_TABLE, COPIES, PAGE.head_dim, VALUES,
+                        value_lut, VALUE_TABLE, COPIES, PAGE.head_dim, False, VALUES,
                     )  # fmt: skip
 
 
@@ -253,6 +280,8 @@ def gather_prefix(
         lengths_cu,
         tables.key_lut,
         tables.value_lut,
+        tables.centres,
+        len(tables.centres),
         key_out,
         key_out.stride(0),
         key_out.stride(1),
@@ -261,6 +290,7 @@ def gather_prefix(
         value_out.stride(1),
         CHUNKS=launch["chunks"],
         WARPS=launch["num_warps"],
+        CENTRES_PER_SEGMENT=check_centres(tables.centres, page, cache.shape[1]),
         PAGE=page_constants(page),
         num_warps=launch["num_warps"],
     )

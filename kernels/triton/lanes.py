@@ -606,6 +606,38 @@ def _get(address, FIRST: tl.constexpr):
     )
 
 
+@triton.constexpr_function
+def bonus_bytes(warps, sets):
+    """Shared memory that `put_bonuses` takes."""
+    return warps * 16 * sets * 16
+
+
+@triton.jit
+def put_bonuses(values, thread, SETS: tl.constexpr, FIRST: tl.constexpr):
+    """Keep, in shared memory from FIRST on, 16 rows a warp of numbers for queries.
+
+    values: float32, two for each of rows 16 * warp + g and 8 more, as `mma` has them: of queries `member` of
+    two sets. A tl.debug_barrier() must follow before a get_bonus.
+    """
+    if not _INTERPRET:
+        lane = thread % 32
+        place = (thread // 32 * (16 * SETS) + lane // 4 * SETS) * 16 + lane % 4 * 4
+        for half in tl.static_range(2):
+            for k in tl.static_range(SETS):
+                _put(place, values[2 * half + k], FIRST + (8 * SETS * half + k) * 16)
+
+
+@triton.jit
+def get_bonus(values, row, thread, SET: tl.constexpr, SETS: tl.constexpr, FIRST: tl.constexpr):
+    """What put_bonuses(values, ...) kept in each thread's row for query `member` of a set."""
+    if _INTERPRET:
+        source = row // 16 * 32 + row % 8 * 4 + thread % 4
+        upper, lower = tl.gather(values[SET], source, 0), tl.gather(values[2 + SET], source, 0)
+        return tl.where(row % 16 < 8, upper, lower)
+    else:
+        return _get(row * (SETS * 16) + thread % 4 * 4, FIRST + SET * 16)
+
+
 @triton.jit
 def of_all_warps(x, thread, FIRST: tl.constexpr):
     """x, float32, of the same lane of each warp, as a tuple; shared memory from FIRST on must be free."""

@@ -145,6 +145,6 @@ class DecodeLaunch:
         chosen = config("decode" if sets == 1 else "decode_wide", slot, gpu)
         warps, registers = chosen["num_warps"], chosen["maxnreg"]
         *_, static, dynamic = table_layout(vector_code(slot.key), vector_code(slot.value), gpu.table_copies)
-        # CUDA keeps 1 KB of shared memory a program, and exchanges take as much.
-        fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 2048))
+        # CUDA keeps 1 KB of shared memory a program, and exchanges and bonuses take as much as 5 KB.
+        fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 6144))
         return cls(warps, registers, min(max(1, fit), MAX_PROGRAMS_PER_SM))

@@ -31,6 +31,7 @@ from vllm_polarquant.kernels.triton.prefix import (
 )
 from vllm_polarquant.kernels.triton.rotate import MANY_ROWS, is_hadamard, rotate
 from vllm_polarquant.kernels.triton.schedule import Schedule, plan
+from vllm_polarquant.kernels.triton.segments import fill_segments
 from vllm_polarquant.kernels.triton.store import MANY_VECTORS, store_kv
 from vllm_polarquant.page import Page, page_of
 
@@ -56,6 +57,11 @@ class TritonPlanner(Planner):
 
     def __init__(self, ops: TritonOperations) -> None:
         self.ops = ops
+        limits = ops.limits
+        # Captured graphs read these; steps with prefills, which are not captured, may need more.
+        self.segments = torch.zeros(
+            limits.max_reqs * limits.max_decode_query_len, dtype=torch.int32, device=ops.shape.device
+        )
         self.decodes = ops.schedule(ops.limits.max_decode_query_len)
         self.short = ops.schedule(MAX_QUERY_LEN)
 
@@ -63,7 +69,14 @@ class TritonPlanner(Planner):
         decodes = batch.num_decodes
         if decodes:
             plan(batch.seq_lens[:decodes], batch.query_start_loc[: decodes + 1], self.decodes)
-        return TritonPlan(batch, self.decodes, self._prefills(batch) if batch.num_prefills else None)
+        segments = self.segments
+        if batch.num_tokens > len(segments):
+            segments = segments.new_empty(batch.num_tokens)
+        reqs = decodes + batch.num_prefills
+        if reqs:
+            fill_segments(batch.seq_lens[:reqs], batch.query_start_loc[: reqs + 1], segments)
+        prefills = self._prefills(batch) if batch.num_prefills else None
+        return TritonPlan(batch, segments, self.decodes, prefills)
 
     def _prefills(self, batch: Batch) -> ShortPrefills | PrefixPlan:
         first, last = batch.num_decodes, batch.num_decodes + batch.num_prefills
@@ -164,8 +177,9 @@ class TritonOperations(Operations):
         cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         tables: Tables,
+        segments: torch.Tensor,
     ) -> None:
-        store_kv(key, value, cache, slot_mapping, page_of(cache, self.shape.slot), tables)
+        store_kv(key, value, cache, slot_mapping, page_of(cache, self.shape.slot), tables, segments)
 
     def decode(
         self,
@@ -275,7 +289,8 @@ class TritonOperations(Operations):
             lse = torch.zeros(shape.num_heads, tokens, device=device, dtype=torch.float32)
             slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
             slots[: page.block_size] = torch.arange(page.block_size, device=device)
-            store_kv(x, x, pages, slots, page, tables)
+            segments = torch.zeros(tokens, dtype=torch.int32, device=device)
+            store_kv(x, x, pages, slots, page, tables, segments)
             rotate(query, out, tables.mixing, tables.query_factors)
             merge_prefix(query, lse, out, lse.clone(), tables)
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)

@@ -120,6 +120,15 @@ def page_pointer(cache, block, head, block_stride, PAGE: tl.constexpr):
 
 
 @triton.jit
+def segment_centres(centres, segment, num_segments, head, PER_HEAD: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Pointers to the first pairs of kv heads' centres; what lies past the last segment has its centre."""
+    row = tl.minimum(segment, num_segments - 1)
+    if PER_HEAD > 1:
+        row = row * PER_HEAD + head
+    return centres + row.to(tl.int64) * (HEAD_DIM // 2)
+
+
+@triton.jit
 def encode_radius(radius):
     """Radii float32 >= 0 as the bits of bfloat16, int16, rounded to nearest even; none becomes infinite."""
     bits = radius.to(tl.int32, bitcast=True)
@@ -135,7 +144,10 @@ def decode_radius(stored):
 
 @triton.jit
 def radii(words):
-    """Radii float32 of words, uint32, of a key's and a value's radius each: for each word the two."""
+    """Radii float32 of words, uint32, of a key's and a value's radius each: for each word the two.
+
+    The lower sign bit, a key's, says whether a centre was taken away (`is_centred`).
+    """
     decoded = ()
     for i in tl.static_range(len(words)):
         decoded = decoded + (
@@ -143,6 +155,12 @@ def radii(words):
             (words[i] & 0x7FFF0000).to(tl.float32, bitcast=True),
         )
     return decoded
+
+
+@triton.jit
+def is_centred(word):
+    """Whether the key of a word of radii, uint32, is stored less its centre."""
+    return (word & 0x8000) != 0
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from vllm_polarquant.kernels.triton.constants import (
     RAW,
     check,
     check_cache,
+    check_centres,
     check_factors,
     check_heads,
     check_int,
@@ -30,6 +31,7 @@ from vllm_polarquant.kernels.triton.page_io import (
     encode_radius,
     page_pointer,
     radius_pointer,
+    segment_centres,
 )
 from vllm_polarquant.kernels.triton.rotate import dot
 from vllm_polarquant.kernels.triton.search import (
@@ -149,9 +151,13 @@ def _encode(
     factors,
     lut,
     cells,
+    centres,
+    segments,
+    num_segments,
     scratch,
     NUM_HEADS: tl.constexpr,
     FACTORS_PER_HEAD: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
@@ -200,7 +206,9 @@ def _encode(
         if HADAMARD:
             # The matrix is one of +-1, over sqrt(d). Dividing by a power of two keeps x exact in its 16 bits,
             # and factors of +-1 do too, so that one product on tensor cores does what otherwise takes three
-            # in tf32. The matrix's four quarters are the smaller one, with signs.
+            # in tf32. Other factors round x once more: of a key whose mean has a hundred times the energy of
+            # the rest, a 50th of what its codes lose. The matrix's four quarters are the smaller one, with
+            # signs.
             exponent = tl.minimum(tl.maximum(amax_bits >> 23, 6), 250)
             inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
             amax = (exponent << 23).to(tl.float32, bitcast=True) / tl.sqrt(float(HEAD_DIM))
@@ -236,6 +244,20 @@ def _encode(
                 part = tl.div_rn(part.to(tl.float32), tl.broadcast_to(divisor[:, None], part.shape)) * factor
                 y1 = tl.dot(part, tl.trans(upper), acc=y1, input_precision="tf32x3")
                 y2 = tl.dot(part, tl.trans(lower), acc=y2, input_precision="tf32x3")
+
+        CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
+        if CENTRED:
+            segment = tl.load(segments + token, mask=keep, other=0)
+            centre = segment_centres(centres, segment, num_segments, head, CENTRES_PER_SEGMENT, HEAD_DIM)
+            words = tl.load(centre[:, None] + pair[None, :], mask=mask, other=0)
+            c1, c2 = unpack_halves(words.to(tl.uint32, bitcast=True), x.dtype.element_ty)
+            per_amax = tl.where(usable, 1.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
+            c1 = y1 - c1 * per_amax
+            c2 = y2 - c2 * per_amax
+            # Not where the difference is not finite.
+            centred = tl.sum(c1 * c1 + c2 * c2, axis=1) < tl.sum(y1 * y1 + y2 * y2, axis=1)
+            y1 = tl.where(centred[:, None], c1, y1)
+            y2 = tl.where(centred[:, None], c2, y2)
 
         if CODE == FP8:
             peak = tl.max(tl.maximum(tl.abs(y1), tl.abs(y2)), axis=1)
@@ -312,10 +334,15 @@ def _encode(
                 gain = 1.0 / cos
             radius = encode_radius(amax * (norm * gain / length))
             _store_codes(codes, region[:, None], inside_page[:, None], group, keep[:, None] & inside, VECTOR)
+        if CENTRED:
+            radius |= tl.where(centred, -0x8000, 0).to(tl.int16)
         tl.store(radius_target, tl.where(usable, radius, 0), mask=keep)
 
 
-@triton.jit(do_not_specialize=["num_vectors"], do_not_specialize_on_alignment=["slot_mapping"])
+@triton.jit(
+    do_not_specialize=["num_vectors", "num_segments"],
+    do_not_specialize_on_alignment=["slot_mapping", "segments"],
+)
 def _store_kernel(
     key,
     key_stride_token,
@@ -334,9 +361,13 @@ def _store_kernel(
     value_lut,
     key_cells,
     value_cells,
+    centres,
+    segments,
+    num_segments,
     scratch,
     NUM_HEADS: tl.constexpr,
     KEY_FACTORS_PER_HEAD: tl.constexpr,
+    CENTRES_PER_SEGMENT: tl.constexpr,
     BLOCK_VECTORS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARALLEL_STATES: tl.constexpr,
@@ -350,14 +381,14 @@ def _store_kernel(
     if tl.program_id(1) == 0:
         _encode(
             key, key_stride_token, key_stride_head, cache, block_stride, slot_mapping, num_vectors, mixing,
-            key_factors, key_lut, key_cells, scratch, NUM_HEADS, KEY_FACTORS_PER_HEAD, PAGE, KEYS,
-            BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
+            key_factors, key_lut, key_cells, centres, segments, num_segments, scratch, NUM_HEADS,
+            KEY_FACTORS_PER_HEAD, CENTRES_PER_SEGMENT, PAGE, KEYS, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
         )  # fmt: skip
     else:
         _encode(
             value, value_stride_token, value_stride_head, cache, block_stride, slot_mapping, num_vectors,
-            mixing, value_factors, value_lut, value_cells, scratch, NUM_HEADS, False, PAGE, VALUES,
-            BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
+            mixing, value_factors, value_lut, value_cells, centres, segments, num_segments, scratch,
+            NUM_HEADS, False, 0, PAGE, VALUES, BLOCK_VECTORS, BLOCK_K, PARALLEL_STATES,
         )  # fmt: skip
 
 
@@ -373,6 +404,7 @@ def store_kv(
     slot_mapping: torch.Tensor,
     page: Page,
     tables: Tables,
+    segments: torch.Tensor | None = None,
     launch: Config | None = None,
 ) -> None:
     """Write keys and values to their slots, one launch for both.
@@ -387,6 +419,8 @@ def store_kv(
             are the rows of key and value past T'.
         page: of the cache.
         tables: codec.tables(page.slot, key.dtype, key.device), or a layer's own.
+        segments: int32 [at least T'], of each token's position, by which keys are centred; those past the
+            tables' last are that one. None where the tables have no centres.
         launch: by default `launch_config` of as many vectors.
 
     Raises:
@@ -407,6 +441,16 @@ def store_kv(
         f"slot_mapping has {len(slot_mapping)} slots for {len(key)} tokens",
     )
     factors_stride = check_factors("key_factors", tables.key_factors, key.shape[1], head_dim)
+    centres_per_segment = check_centres(tables.centres, page, key.shape[1])
+    if centres_per_segment:
+        check(
+            segments is not None
+            and segments.dtype == torch.int32
+            and segments.dim() == 1
+            and len(segments) >= len(slot_mapping)
+            and (len(segments) <= 1 or segments.stride(0) == 1),
+            f"segments must be a dense int32 of at least {len(slot_mapping)} tokens where keys are centred",
+        )
     num_vectors = len(slot_mapping) * key.shape[1]
     if not num_vectors:
         return
@@ -432,9 +476,13 @@ def store_kv(
         tables.value_lut,
         tables.key_cells,
         tables.value_cells,
+        tables.centres,
+        segments if centres_per_segment else None,
+        len(tables.centres),
         scratch,
         NUM_HEADS=key.shape[1],
         KEY_FACTORS_PER_HEAD=factors_stride > 0,
+        CENTRES_PER_SEGMENT=centres_per_segment,
         BLOCK_VECTORS=launch["block_vectors"],
         BLOCK_K=launch["block_k"],
         num_warps=launch["num_warps"],

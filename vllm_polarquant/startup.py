@@ -1,0 +1,315 @@
+"""A forward pass at start-up, from which each layer gets its centres and scales of keys (centring.py).
+
+One request of random token ids goes through the model as loaded, on every rank, before the first request
+and before graphs are captured. No data is needed: a model's keys share their mean whatever the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from vllm_polarquant import reference, request
+from vllm_polarquant.attention import Attention
+from vllm_polarquant.centring import Rope, centre_keys, fill, fingerprint
+from vllm_polarquant.codec import Tables
+from vllm_polarquant.format import PRESETS, SEGMENT
+from vllm_polarquant.kernels.ops import Batch
+
+logger = init_logger("vllm.polarquant")
+
+SECTION, SWITCH = "polarquant", "centre_keys"
+OFF = json.dumps({SECTION: {SWITCH: False}})
+"""What `--additional-config` turns centring off with."""
+
+TOKENS = 512
+"""Of the request."""
+
+LEAST_TOKENS = 16
+"""Fewer say nothing of a mean."""
+
+_QUERIES_AT_ONCE = 64
+
+
+def centres_keys(config: VllmConfig) -> bool:
+    """Whether keys are to be centred, by vLLM's `--additional-config`.
+
+    Raises:
+        ValueError: for a section that is none, an unknown name in it or a value that is not true or false.
+    """
+    given = config.additional_config
+    section = given.get(SECTION, {}) if isinstance(given, Mapping) else {}
+    if not isinstance(section, Mapping) or set(section) - {SWITCH}:
+        raise ValueError(f"--additional-config: {SECTION} holds {SWITCH} and nothing else, got {section!r}")
+    wanted = section.get(SWITCH, True)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"--additional-config: {SECTION}.{SWITCH} must be true or false, got {wanted!r}")
+    return wanted
+
+
+def needs_pass(config: VllmConfig) -> bool:
+    """Whether any layer's keys are to be centred; the same on all ranks of an engine."""
+    speculative = config.speculative_config
+    dtypes = [config.cache_config.cache_dtype, getattr(speculative, "kv_cache_dtype", None)]
+    return centres_keys(config) and any(
+        dtype in PRESETS and PRESETS[dtype][0].kind != "raw" for dtype in dtypes
+    )
+
+
+def num_segments(config: VllmConfig) -> int:
+    """Segments of a layer's table."""
+    return -(-config.model_config.max_model_len // SEGMENT)
+
+
+class Sample:
+    """What the request brings to one layer: keys, and the power of queries.
+
+    Where the request comes in chunks it also computes the layer's attention, exactly, as pages hold codes
+    without centres meanwhile: what later chunks and layers see does not depend on them.
+
+    Args:
+        length: tokens to collect.
+        attention: of the layer.
+        finish: called once with keys [length, kv heads, d] and queries' power, float32 [num_heads, d].
+    """
+
+    def __init__(
+        self, length: int, attention: Attention, finish: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        self.length, self.attention, self.finish = length, attention, finish
+        self.done = False
+        self._collected = 0
+        self._key: torch.Tensor | None = None
+        self._value: torch.Tensor | None = None
+        self._power: torch.Tensor | None = None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+    ) -> bool:
+        """Take the next chunk, if it is that. Whether its attention was written to output."""
+        tokens = batch.num_tokens
+        if self.done or batch.num_decodes + batch.num_prefills != 1:
+            return False
+        start = int(batch.seq_lens[0]) - tokens
+        if not 0 <= start <= self._collected:
+            return False
+        query, key, value = query[:tokens], key[:tokens], value[:tokens]
+        # A draft model goes beyond each chunk with tokens of its own, and comes back for the next one. Powers
+        # of queries are summed once a position, in 32 bits.
+        power = query[self._collected - start : self.length - start].float().square().sum(0)
+        # A model may write its next layer's over keys that are kept.
+        self._key = key.clone() if self._key is None else torch.cat([self._key[:start], key])
+        self._value = value.clone() if self._value is None else torch.cat([self._value[:start], value])
+        self._power = power if self._power is None else self._power + power
+        self._collected = max(self._collected, start + tokens)
+        # A first chunk attends to its own keys as they are, unless it passes for a decode.
+        written = bool(start or batch.num_decodes)
+        if written:
+            position = torch.arange(start, start + tokens, device=query.device)
+            for first in range(0, tokens, _QUERIES_AT_ONCE):
+                rows = slice(first, first + _QUERIES_AT_ONCE)
+                attended = reference.dense_attention(
+                    query[rows], self._key, self._value, position[rows], self.attention
+                )
+                output[:tokens][rows] = attended.out.to(output.dtype)
+            output[tokens:] = 0
+        if len(self._key) >= self.length:
+            self.done = True
+            self.finish(self._key[: self.length], self._power)
+            self._key = self._value = self._power = None
+        return written
+
+
+class _Report(NamedTuple):
+    """What one rank has to say.
+
+    removed: by layer, the share of its keys' energy that centres take away; None where the pass did not go.
+    tables: names their contents.
+    """
+
+    removed: dict[str, float | None]
+    tables: str
+
+
+def run(worker: Any) -> None:
+    """Centre the keys of every layer of a worker that has its KV cache, and say so in one log line.
+
+    All ranks of an engine call it at once.
+
+    Raises:
+        RuntimeError: naming the switch, if the model cannot run such a request.
+    """
+    config = worker.vllm_config
+    if not needs_pass(config):
+        return
+    began = time.perf_counter()
+    layers = dict(_layers(config))
+    length = request.room(worker, TOKENS)
+    if length < LEAST_TOKENS:
+        logger.warning("keys are not centred: there is no room for a pass of %d tokens", LEAST_TOKENS)
+        return
+    removed: dict[str, float | None] = dict.fromkeys(layers)
+    try:
+        ropes = _Ropes(worker, num_segments(config))
+        for name, layer in layers.items():
+            layer.impl.sample = Sample(length, layer.impl.attention, _finisher(name, layer, ropes, removed))
+        request.run(worker, token_ids(config, length))
+    except Exception as problem:
+        raise RuntimeError(
+            f"the pass that centres keys failed; without it: --additional-config '{OFF}'"
+        ) from problem
+    finally:
+        for layer in layers.values():
+            layer.impl.sample = None
+    impls = [layers[name].impl for name in sorted(layers)]
+    _restore_on_wake_up(worker, [impl.tables for impl in impls])
+    reports = request.gather(_Report(removed, fingerprint(impl.tables for impl in impls)))
+    if reports:
+        _log(reports, length, time.perf_counter() - began)
+
+
+def _layers(config: VllmConfig) -> Iterator[tuple[str, Any]]:
+    """The attention layers whose keys may be centred, and their names."""
+    from vllm_polarquant.layer import PolarQuantImpl
+
+    for name, layer in config.compilation_config.static_forward_context.items():
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, PolarQuantImpl) and impl.centred:
+            yield name, layer
+
+
+def _log(reports: list[_Report], length: int, seconds: float) -> None:
+    shares: dict[str, list[float]] = {}
+    missed = set()
+    for report in reports:
+        for name, share in report.removed.items():
+            if share is None:
+                missed.add(name)
+            else:
+                shares.setdefault(name, []).append(share)
+    removed = sum(sum(found) / len(found) for found in shares.values()) / max(len(shares), 1)
+    names = [report.tables for report in reports]
+    identity = names[0] if len(names) == 1 else hashlib.sha256("".join(names).encode()).hexdigest()[:12]
+    line = (
+        f"keys of {len(shares)} layers centred by a pass over {length} random tokens in {seconds:.1f} s: "
+        f"{removed:.1%} of their energy removed; tables {identity}"
+    )
+    if missed:
+        line += f"; not centred, as the pass did not reach them: {', '.join(sorted(missed))}"
+    logger.info("%s", line)
+
+
+def _restore_on_wake_up(worker: Any, tables: list[Tables]) -> None:
+    """Bring tables back after sleep of level 2, which discards the memory that they lie in.
+
+    After new weights they stay as they are: what is in pages was written with them.
+    """
+    if not worker.vllm_config.model_config.enable_sleep_mode:
+        return
+    kept = {id(part): (part, part.cpu()) for layer in tables for part in layer}
+    wake_up = worker.wake_up
+
+    def restoring(tags: list[str] | None = None) -> None:
+        wake_up(tags)
+        if tags is None or "weights" in tags:
+            for part, copy in kept.values():
+                part.copy_(copy)
+
+    worker.wake_up = restoring
+
+
+def token_ids(config: VllmConfig, count: int) -> list[int]:
+    """Random tokens that stand for text, after the model's BOS if it has one; the same ones every time."""
+    vocabulary = config.model_config.get_vocab_size()
+    hf_config = config.model_config.hf_config
+    texts = config.model_config.hf_text_config
+    special = set()
+    for values in (hf_config.to_dict(), texts.to_dict()):
+        for name, value in values.items():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, list) else [value])
+    rng = random.Random("polarquant keys")
+    ids: list[int] = []
+    bos = getattr(texts, "bos_token_id", None)
+    if isinstance(bos, int) and 0 <= bos < vocabulary:
+        ids.append(bos)
+    while len(ids) < count:
+        token = rng.randrange(vocabulary)
+        # Placeholders of images and the like are none of a text's.
+        if token not in special or len(special) >= vocabulary:
+            ids.append(token)
+    return ids
+
+
+class _Ropes:
+    """Finds what turns a layer's keys, in the modules of the model."""
+
+    def __init__(self, worker: Any, segments: int) -> None:
+        self._segments = segments
+        self._parents: dict[int, torch.nn.Module] = {}
+        self._all: list[torch.nn.Module] = []
+        self._known: dict[int, Rope] = {}
+        for root in request.models(worker):
+            for module in root.modules():
+                if _cos_sin(module) is not None:
+                    self._all.append(module)
+                for child in module.children():
+                    self._parents.setdefault(id(child), module)
+
+    def of(self, layer: torch.nn.Module) -> list[Rope]:
+        """Those beside the layer, or else beside a module around it, or else all of the model."""
+        module = self._parents.get(id(layer))
+        while module is not None:
+            found = [child for child in module.children() if _cos_sin(child) is not None]
+            if found:
+                return [self._rope(child) for child in found]
+            module = self._parents.get(id(module))
+        return [self._rope(child) for child in self._all]
+
+    def _rope(self, module: torch.nn.Module) -> Rope:
+        if id(module) not in self._known:
+            table = _cos_sin(module)
+            assert table is not None
+            interleaved = not getattr(module, "is_neox_style", True)
+            self._known[id(module)] = Rope.of(table, interleaved, self._segments)
+        return self._known[id(module)]
+
+
+def _cos_sin(module: torch.nn.Module) -> torch.Tensor | None:
+    """A module's cosines and sines [positions, 2 * pairs] if it is one of vLLM's rotary embeddings."""
+    table = getattr(module, "cos_sin_cache", None)
+    if table is None:
+        # Phi-3's: those of short contexts, and then those of long ones, of which one model uses either.
+        table = getattr(module, "long_short_cos_sin_cache", None)
+        if isinstance(table, torch.Tensor):
+            short = module.original_max_position_embeddings
+            table = table[short:] if module.use_long_rope else table[:short]
+    if not isinstance(table, torch.Tensor) or table.dim() != 2 or table.shape[1] % 2 or not len(table):
+        return None
+    return table
+
+
+def _finisher(
+    name: str, layer: Any, ropes: _Ropes, removed: dict[str, float | None]
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    def finish(key: torch.Tensor, query_power: torch.Tensor) -> None:
+        tables: Tables = layer.impl.tables
+        power = query_power.unflatten(0, (key.shape[1], -1)).sum(1)
+        found = centre_keys(key, power, ropes.of(layer), len(tables.centres))
+        fill(tables, found, layer.impl.shape.dtype)
+        removed[name] = float(found.removed.mean())
+
+    return finish
