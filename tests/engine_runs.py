@@ -108,7 +108,7 @@ def _counter(llm: Any, name: str) -> int:
 def _ask(llm: Any, tokens: int, count: int) -> dict[str, Any]:
     """Ask questions one episode after the other; which answers are right, tokens that hit the cache."""
     items = questions(tokens, count)
-    outputs = _generate(llm, [prompt for prompt, _ in items], max_tokens=episodes.MAX_ANSWER_TOKENS)
+    outputs = _generate(llm, [prompt for prompt, _ in items], max_tokens=episodes.PROBE_ANSWER_TOKENS)
     return {
         "right": [
             episodes.score_answer(output.outputs[0].text, answer)

@@ -160,7 +160,7 @@ def test_check_is_silent_on_the_unedited_probe() -> None:
     assert all(0 <= layer.bits_lost < 0.05 for layer in report.layers)
     shown = runner.invoke(cli.app, ["check", str(MODEL_DIR), "--config-only"])
     assert shown.exit_code == 0 and "No hard keys in the weights of 5 layers" in shown.stdout
-    assert "Warning" not in shown.stdout and "skip-layers" not in shown.stdout
+    assert "Hard keys" not in shown.stdout and "skip-layers" not in shown.stdout
 
 
 @pytest.mark.slow
@@ -177,9 +177,10 @@ def test_check_warns_by_name(name: str, tensor: str, what: str, models: dict[str
     shown = runner.invoke(cli.app, arguments)
     assert shown.exit_code == 0
     flat = " ".join(shown.stdout.split())
-    assert "Warning: hard keys in 2 of 5 layers" in flat
+    assert "Hard keys in 2 of 5 layers" in flat
+    assert "centres and balances keys at start-up" in flat
     assert f"layers.1.self_attn.{tensor}: {what}" in flat
-    assert "Keep them in 16 bits: --kv-cache-dtype-skip-layers 1 3" in flat
+    assert "keep them in 16 bits: --kv-cache-dtype-skip-layers 1 3" in flat
     # 2 layers x 2 heads x 512 bytes + 3 layers x 2 heads x 132 bytes.
     assert "A token then takes 2,840 bytes, 1.80 times less than with auto." in flat
     assert max(map(len, shown.stdout.splitlines()[1:])) <= 80

@@ -85,7 +85,7 @@ def test_a_client_gets_the_right_answers(client: openai.OpenAI) -> None:
     right = 0
     for prompt, answer in questions(2000, 10):
         completion = client.completions.create(
-            model="probe", prompt=prompt, temperature=0, max_tokens=episodes.MAX_ANSWER_TOKENS
+            model="probe", prompt=prompt, temperature=0, max_tokens=episodes.PROBE_ANSWER_TOKENS
         )
         right += episodes.score_answer(completion.choices[0].text, answer)
     assert right >= 9

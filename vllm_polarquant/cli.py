@@ -49,9 +49,10 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def _fail(message: object) -> NoReturn:
-    typer.echo(f"polarquant: {' '.join(str(message).split())}", err=True)
-    raise typer.Exit(BAD_INPUT)
+def fail(command: str, message: object, status: int = BAD_INPUT) -> NoReturn:
+    """Say on stderr, in one line, what is wrong, and exit."""
+    typer.echo(f"{command}: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(status)
 
 
 def _table(first: str, *columns: str) -> Table:
@@ -132,7 +133,7 @@ def formats(
     try:
         rows = format_rows(head_dim)
     except UnsupportedFormat as error:
-        _fail(error)
+        fail("polarquant", error)
     if as_json:
         typer.echo(json.dumps({"head_dim": head_dim, "formats": rows}, indent=2))
         return
@@ -225,17 +226,18 @@ def _keys_line(keys: KeyReport, shape: Shape, kv_cache_dtype: str) -> str:
             f"are lost, {MAX_BITS_LOST:g} would be told."
         )
     worst = max(layer.bits_lost for layer in keys.hard)
-    line = f"Warning: hard keys in {len(keys.hard)} of {layers} layers; codes lose up to {worst:.1f} bits.\n"
+    line = (
+        f"Hard keys in {len(keys.hard)} of {layers} layers: as they are, codes lose up to {worst:.1f} bits.\n"
+        "The engine centres and balances keys at start-up, which takes most of that away;\n"
+        "polarquant-eval MODEL --suite text measures what is left.\n"
+    )
     if 2 * len(keys.hard) > layers:
-        return line + (
-            "Too many to skip: serve with fp8, or measure polarquant_k8v4 on your task\n"
-            "(polarquant-eval), which loses least."
-        )
+        return line + "With that switched off, serve with fp8: these are too many layers to skip."
     auto = shape.token_bytes("auto") * len(keys.hard) // layers
     mixed = auto + shape.token_bytes(kv_cache_dtype) * (layers - len(keys.hard)) // layers
     ratio = shape.token_bytes("auto") / mixed
     return line + (
-        f"Keep them in 16 bits: {keys.flag}\n"
+        f"With that switched off, keep them in 16 bits: {keys.flag}\n"
         f"A token then takes {mixed:,} bytes, {ratio:.2f} times less than with auto."
     )
 
@@ -363,12 +365,14 @@ def check(
     that make the keys are read, from safetensors, a tensor at a time.
     """
     if kv_cache_dtype not in PRESETS:
-        _fail(f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
+        fail("polarquant", f"unknown --kv-cache-dtype {kv_cache_dtype!r}; choose one of {', '.join(PRESETS)}")
     if max_model_len is not None and not 0 < max_model_len < MOST:
-        _fail(f"--max-model-len {max_model_len} is not a positive number of tokens below {MOST:,}")
+        fail(
+            "polarquant", f"--max-model-len {max_model_len} is not a positive number of tokens below {MOST:,}"
+        )
     # Written so that NaN fails too.
     if gpu_memory is not None and not 0 < gpu_memory < 1 << 20:
-        _fail(f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
+        fail("polarquant", f"--gpu-memory {gpu_memory:g} is not a positive number of GiB")
     try:
         model = _local(model)
         config = read_config(model)
@@ -376,7 +380,7 @@ def check(
         weights = weight_bytes(model, config)
         verdict = judge(model, config, kv_cache_dtype, _skips(skip_layers, config), not config_only)
     except ConfigError as error:
-        _fail(error)
+        fail("polarquant", error)
 
     report: dict[str, Any] = {
         "model": str(model),
@@ -402,9 +406,10 @@ def check(
     length = max_model_len or shape.max_model_len
     kv_bytes = None if gpu_memory is None else int(gpu_memory * GIB) - (weights or 0)
     if kv_bytes is not None and kv_bytes <= 0:
-        _fail(
+        fail(
+            "polarquant",
             f"the weights ({_gib(weights or 0)}) leave nothing of --gpu-memory {gpu_memory:g} for "
-            "the KV cache; give more, or check one GPU's share of a tensor-parallel model"
+            "the KV cache; give more, or check one GPU's share of a tensor-parallel model",
         )
     rows = _capacity(shape, kv_cache_dtype, length, kv_bytes)
     keys = judge_keys(model, config, shape)

@@ -356,7 +356,8 @@ def _without_weights(folder: Path, text: Mapping[str, Any], model_type: str, sha
     if re.match(r"qwen2", model_type) or text.get("attention_bias") or text.get("qkv_bias"):
         flag = skip_flag(sorted({shape.indices[0], shape.indices[-1]}))
         note += (
-            " The model adds a bias to its keys, which is very large in the first and last layers of some "
-            f"Qwen2.5 models: check the weights, or begin with {flag} and measure."
+            " The model adds a bias to its keys, very large in the first and last layers of some Qwen2.5 "
+            "models, which the engine takes out at start-up; with that switched off, "
+            f"begin with {flag} and measure."
         )
     return note

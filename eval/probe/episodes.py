@@ -21,8 +21,6 @@ HEADER = "table = {}\n"
 PROBE_ANSWER_TOKENS = 4
 """Of the probe's tokenizer: two for four hex characters, one for the closing quote, and a spare one."""
 
-MAX_ANSWER_TOKENS = PROBE_ANSWER_TOKENS
-
 
 def pair_line(key: str, value: str) -> str:
     """The line that defines one pair."""
