@@ -209,6 +209,10 @@ class Operations(ABC):
         """Compile what serving will call."""
 
     @abstractmethod
+    def reset(self) -> None:
+        """Make workspaces as new, after their memory has been discarded and given back with any content."""
+
+    @abstractmethod
     def reserve(self, num_tokens: int) -> None:
         """Allocate once, and free, what a step of so many query tokens allocates, for a memory profile."""
 

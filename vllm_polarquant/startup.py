@@ -145,18 +145,23 @@ class _Report(NamedTuple):
 
 
 def run(worker: Any) -> None:
-    """Centre the keys of every layer of a worker that has its KV cache, and say so in one log line.
-
-    All ranks of an engine call it at once.
+    """What a worker that has its KV cache does before it serves; all ranks of an engine at once.
 
     Raises:
-        RuntimeError: naming the switch, if the model cannot run such a request.
+        RuntimeError: naming the switch, if the model cannot run the request that centres keys.
     """
     config = worker.vllm_config
-    if not needs_pass(config):
-        return
+    if needs_pass(config):
+        _centre_keys(worker)
+    if impls := [layer.impl for _, layer in _layers(config)]:
+        _restore_on_wake_up(worker, impls)
+
+
+def _centre_keys(worker: Any) -> None:
+    """Centre the keys of every layer, and say so in one log line."""
+    config = worker.vllm_config
     began = time.perf_counter()
-    layers = dict(_layers(config))
+    layers = {name: layer for name, layer in _layers(config) if layer.impl.centred}
     length = request.room(worker, TOKENS)
     if length < LEAST_TOKENS:
         logger.warning("keys are not centred: there is no room for a pass of %d tokens", LEAST_TOKENS)
@@ -175,19 +180,18 @@ def run(worker: Any) -> None:
         for layer in layers.values():
             layer.impl.sample = None
     impls = [layers[name].impl for name in sorted(layers)]
-    _restore_on_wake_up(worker, [impl.tables for impl in impls])
     reports = request.gather(_Report(removed, fingerprint(impl.tables for impl in impls)))
     if reports:
         _log(reports, length, time.perf_counter() - began)
 
 
 def _layers(config: VllmConfig) -> Iterator[tuple[str, Any]]:
-    """The attention layers whose keys may be centred, and their names."""
+    """The attention layers that are ours, and their names."""
     from vllm_polarquant.layer import PolarQuantImpl
 
     for name, layer in config.compilation_config.static_forward_context.items():
         impl = getattr(layer, "impl", None)
-        if isinstance(impl, PolarQuantImpl) and impl.centred:
+        if isinstance(impl, PolarQuantImpl):
             yield name, layer
 
 
@@ -212,14 +216,15 @@ def _log(reports: list[_Report], length: int, seconds: float) -> None:
     logger.info("%s", line)
 
 
-def _restore_on_wake_up(worker: Any, tables: list[Tables]) -> None:
-    """Bring tables back after sleep of level 2, which discards the memory that they lie in.
+def _restore_on_wake_up(worker: Any, impls: list[Any]) -> None:
+    """Bring tables and workspaces back after sleep of level 2, which discards the memory that they lie in.
 
     After new weights they stay as they are: what is in pages was written with them.
     """
     if not worker.vllm_config.model_config.enable_sleep_mode:
         return
-    kept = {id(part): (part, part.cpu()) for layer in tables for part in layer}
+    kept = {id(part): (part, part.cpu()) for impl in impls for part in impl.tables}
+    ops = {id(impl.ops): impl.ops for impl in impls}
     wake_up = worker.wake_up
 
     def restoring(tags: list[str] | None = None) -> None:
@@ -227,6 +232,8 @@ def _restore_on_wake_up(worker: Any, tables: list[Tables]) -> None:
         if tags is None or "weights" in tags:
             for part, copy in kept.values():
                 part.copy_(copy)
+            for own in ops.values():
+                own.reset()
 
     worker.wake_up = restoring
 

@@ -145,5 +145,8 @@ class CpuOperations(Operations):
         self.decode(query, cache, plan, attention, tables, out)
         self.prefill(query, x, x, cache, plan, attention, tables, out)
 
+    def reset(self) -> None:
+        """Nothing: workspaces are made anew for each call."""
+
     def reserve(self, num_tokens: int) -> None:
         """Nothing: vLLM does not profile a CPU's memory."""

@@ -257,6 +257,11 @@ class TritonOperations(Operations):
             self.dense_attention,
         )
 
+    def reset(self) -> None:
+        # Everything else is written before it is read.
+        for workspace in (self.decode_workspace, self.short_workspace):
+            workspace.arrived.zero_()
+
     def reserve(self, num_tokens: int) -> None:
         # A prefill holds at most: the rotated queries and one prefix output, with two log-sum-exps.
         shape = self.shape
