@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 from vllm_polarquant import compat
 from vllm_polarquant.format import LOSSLESS, PRESETS
@@ -26,7 +27,7 @@ def register() -> None:
     compat.register_dtypes(names)
     compat.register_backend("vllm_polarquant.backend.PolarQuantBackend")
     compat.route_backends(_choose)
-    compat.after_kv_cache(_centre_keys)
+    compat.after_kv_cache(_prepare)
 
 
 def _choose(selector: object) -> str:
@@ -35,7 +36,9 @@ def _choose(selector: object) -> str:
     return backend_path(selector)
 
 
-def _centre_keys(worker: object) -> None:
-    from vllm_polarquant import startup
+def _prepare(worker: object) -> None:
+    # A server that does not use the plugin has not asked for a layer of it.
+    if "vllm_polarquant.layer" in sys.modules:
+        from vllm_polarquant import startup
 
-    startup.run(worker)
+        startup.run(worker)
