@@ -52,7 +52,7 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
         impl.ops.warm_up(page, impl.tables)
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Plan:
-        """A draft model's batch, which vLLM lengthens by tokens to draft from, but for lengths on the host."""
+        """A draft model's batch, which vLLM lengthens by its own tokens, except on the host."""
         batch = common_attn_metadata
         speculative = self.vllm_config.speculative_config
         bounds = batch.seq_lens_cpu_upper_bound
