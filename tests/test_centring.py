@@ -210,6 +210,8 @@ def test_a_centre_that_does_not_help_is_zero() -> None:
     assert found.removed[0] > 0.5
     assert not found.centres[:, 1].any()
     assert found.removed[1] == 0
+    # It is balanced all the same.
+    assert found.scales[1, 0] < 0.5 * found.scales[1, 2:].min()
 
 
 def test_segments_past_the_table_are_like_its_last() -> None:

@@ -51,6 +51,15 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
             hide_numba()
         impl.ops.warm_up(page, impl.tables)
 
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Plan:
+        """A draft model's batch, which vLLM lengthens by its own tokens, except on the host."""
+        batch = common_attn_metadata
+        speculative = self.vllm_config.speculative_config
+        bounds = batch.seq_lens_cpu_upper_bound
+        if draft_index == 0 and bounds is not None and speculative.uses_draft_model():
+            bounds = bounds + speculative.max_num_new_slots_for_drafting
+        return self.build(0, batch.replace(seq_lens_cpu_upper_bound=bounds), fast_build=True)
+
     def build(
         self,
         common_prefix_len: int,
