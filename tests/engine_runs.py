@@ -176,7 +176,7 @@ def skipped_layers() -> dict[str, Any]:
 
 
 def hard_keys() -> dict[str, Any]:
-    """KL from the unedited model in 16 bits, with a key bias or without, layers skipped or not."""
+    """KL from the unedited model in 16 bits, with a key bias or without, layers skipped or centred."""
     from vllm_polarquant.check import read_config, read_shape
     from vllm_polarquant.eval.hard_keys import write_edit
     from vllm_polarquant.eval.measures.next_token import MEASURE, Params
@@ -195,8 +195,10 @@ def hard_keys() -> dict[str, Any]:
             ("edited", str(edited), []),
             ("edited, skipped", str(edited), skip),
             ("unedited, skipped", MODEL, skip),
+            ("edited, centred", str(edited), []),
         ):
             mixed = options | {"model": model, "kv_cache_dtype_skip_layers": layers}
+            mixed["additional_config"] = {"polarquant": {"centre_keys": name.endswith("centred")}}
             with _engine("polarquant_k4v4", **mixed) as llm:
                 found[name] = MEASURE.run(llm, params, 0, baseline).summary["kl"]
     return found

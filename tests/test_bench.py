@@ -493,11 +493,11 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
 
 @pytest.mark.slow
 def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(tmp_path: Path) -> None:
-    engine = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 512}
+    arguments = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 512}
     options = {
         "model": MODEL, "cells": "2x64", "prefill": "2x96", "ttft": "64",
         "ttft-prefix": "256x32", "full-memory": "128", "tokens": "4", "repeats": "2", "max-seqs": "8",
-        "engine": json.dumps(engine), "out": str(tmp_path / "run"), "limit": "240",
+        "engine": json.dumps(arguments), "out": str(tmp_path / "run"), "limit": "240",
     }  # fmt: skip
     for more in ([f"--dtypes={K4V4}"], ["--dtypes=nonsense", "--keep"]):
         child = subprocess.run(

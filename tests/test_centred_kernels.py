@@ -208,7 +208,9 @@ def test_store_centres_what_gets_shorter(preset, head_dim, dtype, device):
         signs[..., None], reference.unpack_centres(constants.centres, dtype)[segments.long()].double(), 0
     )
     lost = [(x - exact).square().sum() / left.square().sum() for x in read]
-    assert lost[0] < 1.03 * lost[1] + 1e-4
+    # The kernel rounds key times factor, mean and all, to 16 bits; the interpreter cuts off.
+    rounding = torch.finfo(dtype).eps ** 2 * exact.square().sum() / left.square().sum()
+    assert lost[0] < 1.03 * lost[1] + 1e-4 + rounding
 
 
 @pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4"])

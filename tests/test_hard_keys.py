@@ -371,7 +371,7 @@ def test_a_hub_name_is_looked_up_in_the_local_cache(tmp_path: Path) -> None:
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     shutil.copyfile(MODEL_DIR / "config.json", snapshot / "config.json")
     code = "import sys; from vllm_polarquant.cli import app; app(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "check", "some-org/probe"]
+    command = [sys.executable, "-c", code, "check", "some-org/probe", "--config-only"]
     shown = subprocess.run(
         command,
         capture_output=True,
@@ -496,3 +496,4 @@ def test_skipping_the_named_layers_recovers_the_edited_model() -> None:
     assert 0.005 < found["unedited, skipped"] < 0.05
     assert found["edited"] > 20 * found["unedited, skipped"]
     assert found["edited, skipped"] == pytest.approx(found["unedited, skipped"], rel=0.15)
+    assert found["edited, centred"] < 3 * found["unedited, skipped"], "where nothing is skipped"

@@ -560,7 +560,8 @@ def test_gather_unpacks_a_prefix(preset, head_dim, dtype, device):
             batch.cache, batch.block_table[request], first + count, page, lane_order(page), dtype
         )
         for have, full in zip((key, value), want, strict=True):
-            turned = (full[first:] * batch.tables.key_factors) @ batch.tables.mixing.T
+            turned = (full[first:] * batch.tables.key_factors) @ batch.tables.mixing.double().T
+            turned = turned.float()
             # The points and the product are rounded; the interpreter truncates bfloat16.
             rounding = 2 * torch.finfo(dtype).eps
             torch.testing.assert_close(have[rows].float(), turned, rtol=rounding, atol=1e-4)
