@@ -192,7 +192,9 @@ def test_store_centres_what_gets_shorter(preset, head_dim, dtype, device):
     assert not signs[8].any(), "a centre that is not finite is taken away from nothing"
     assert not ours.value_radius[block, :, token].signbit().any()
     radius, expected = (v.key_radius[block, :, token].float() for v in (ours, theirs))
-    torch.testing.assert_close(radius, expected, rtol=0.02, atol=0)
+    # Of a key with ten times the length of what is left, bfloat16 rounds as much as a 25th of that.
+    rtol = 0.02 if dtype == torch.float16 else 0.06
+    torch.testing.assert_close(radius, expected, rtol=rtol, atol=0)
     read = [
         reference.decode_centred(
             v.key_radius[block, :, token],
