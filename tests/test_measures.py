@@ -65,6 +65,8 @@ def ran(folder: Path) -> subprocess.CompletedProcess[str]:
     suite.write_text(json.dumps(SUITE))
     command = [sys.executable, "-m", "vllm_polarquant.eval.cli", "probe", "--suite", str(suite)]
     command += ["--kv-cache-dtypes", f"polarquant_k9v9,{PRESET}", "--out", str(folder / "out")]
+    # The reference knows no centres.
+    command += ["--engine", json.dumps({"additional_config": {"polarquant": {"centre_keys": False}}})]
     return subprocess.run(command, env=child_env(), capture_output=True, text=True, timeout=560, check=False)
 
 

@@ -189,6 +189,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
     (folder / "suite.json").write_text(json.dumps(suite_of(folder)))
     command = [sys.executable, "-m", "vllm_polarquant.eval.cli", "probe", "--suite", "suite.json"]
     command += ["--kv-cache-dtypes", PRESET, "--out", "out"]
+    # The reference knows no centres.
+    command += ["--engine", json.dumps({"additional_config": {"polarquant": {"centre_keys": False}}})]
     env = child_env(HF_HOME=str(folder / "hf"))
     return subprocess.run(
         command, env=env, cwd=folder, capture_output=True, text=True, timeout=580, check=False
