@@ -58,16 +58,16 @@ def dense_torch(
     return out, lse
 
 
-def _flash(query: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM's FlashAttention, which only prefills need vLLM for."""
+@cache
+def _flash_of(head_dim: int) -> DenseAttention:
     from vllm_polarquant.flash import flash_attention
 
-    return _flash_of(flash_attention, query.shape[-1])(query, *given, **named)
+    return flash_attention(head_dim)
 
 
-@cache
-def _flash_of(make: Callable[[int], DenseAttention], head_dim: int) -> DenseAttention:
-    return make(head_dim)
+def _flash(query: torch.Tensor, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's FlashAttention, which only prefills need vLLM for."""
+    return _flash_of(query.shape[-1])(query, *given, **named)
 
 
 def of_device(shape: LayerShape, limits: Limits) -> Operations:
