@@ -81,7 +81,8 @@ def store_kernel(page: Page, op: str) -> Kernel:
         "SCRATCH_WORDS": scratch_words(page.slot, launch["block_vectors"], launch["parallel_states"]),
         "PAGE": page_constants(page),
     }  # fmt: skip
-    return store._store_kernel, constants, {"num_warps": launch["num_warps"], "maxnreg": launch["maxnreg"]}
+    options = {name: launch[name] for name in ("num_warps", "num_stages", "maxnreg")}
+    return store._store_kernel, constants, options
 
 
 def compile_one(capability: int, preset: str, head_dim: int, which: int) -> tuple[int, int, int, int]:
