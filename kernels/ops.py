@@ -7,6 +7,7 @@ and numba (cpu/ops.py) implement them. Kernels know nothing of vLLM.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -86,8 +87,10 @@ class DenseAttention(Protocol):
         scale: float,
         causal: bool,
         out: torch.Tensor | None = None,
+        left: int | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend within each of R requests.
+        """Attend within each of R requests, whose last query is aligned with its last key.
 
         Args:
             query: [T, num_heads, d]; request r's are query_start_loc[r]:query_start_loc[r + 1].
@@ -95,8 +98,10 @@ class DenseAttention(Protocol):
             query_start_loc, key_start_loc: int32 [R + 1].
             max_query_len, max_key_len: of any request.
             scale: softmax scale.
-            causal: whether a request's queries are the last of its keys' tokens, and see none after them.
+            causal: whether a query sees no key after the one it is aligned with.
             out: like query, to be written, or None.
+            left: how many keys before the one it is aligned with a query sees; None for all.
+            soft_cap: as Attention's.
 
         Returns:
             out and its log-sum-exp, float32 [num_heads, T], natural; +inf or -inf where no key is seen.
@@ -149,8 +154,8 @@ class Operations(ABC):
         """Bytes of the workspaces."""
 
     @abstractmethod
-    def planner(self) -> Planner:
-        """A new planner."""
+    def planner(self, windows: Collection[int | None] = (None,)) -> Planner:
+        """A new planner for layers with these windows (Attention.window)."""
 
     @abstractmethod
     def store(
@@ -190,8 +195,8 @@ class Operations(ABC):
     def prefill(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: torch.Tensor,
         plan: Plan,
         attention: Attention,
@@ -201,12 +206,17 @@ class Operations(ABC):
         """Attention of the batch's prefills over their chunks, as given, and their prefixes, off the pages.
 
         query, out: [T, num_heads, head_dim], key and value [T, kv heads, head_dim], all of the batch's; rows
-        of prefills are read and written.
+        of prefills are read and written. Without key and value the chunks are read off the pages too, where
+        they are already stored; `reserve_chunks` has made room.
         """
 
     @abstractmethod
-    def warm_up(self, page: Page, tables: Tables) -> None:
-        """Compile what serving will call."""
+    def reserve_chunks(self, num_tokens: int) -> None:
+        """Make room for a step whose prefills, of so many query tokens at most, are read off the pages."""
+
+    @abstractmethod
+    def warm_up(self, page: Page, tables: Tables, attention: Attention, from_pages: bool) -> None:
+        """Compile what serving will call for such attention; from_pages: prefills come without key, value."""
 
     @abstractmethod
     def reset(self) -> None:

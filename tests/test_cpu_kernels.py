@@ -645,7 +645,7 @@ def test_warm_up_compiles_everything(preset: str) -> None:
 
     case = make_case(page_for(preset, 96, 48), [(40, 2)], [(40, 7)])
     ops = CpuOperations(case.shape)
-    ops.warm_up(case.page, case.tables)
+    ops.warm_up(case.page, case.tables, Attention(1.0), False)
     loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes, write.take_away)
     compiled = [len(loop.signatures) for loop in loops]
     plan = ops.planner().plan(case.batch)

@@ -193,7 +193,7 @@ def test_what_serving_calls_can_be_compiled_beforehand(device):
     case = make_case(page_for(K4V4, 64), [(20, 1)], [(30, 20)], device)
     if device.type == "cpu":
         pytest.skip("the interpreter has nothing to compile, and many rows take it minutes")
-    case.ops.warm_up(case.page, tables(case.page.slot, case.query.dtype, device))
+    case.ops.warm_up(case.page, tables(case.page.slot, case.query.dtype, device), Attention(1.0), False)
     check(case)
 
 

@@ -49,7 +49,7 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
         self.planner = impl.ops.planner()
         if current_platform.is_cpu():
             hide_numba()
-        impl.ops.warm_up(page, impl.tables)
+        impl.ops.warm_up(page, impl.tables, impl.attention, False)
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Plan:
         """A draft model's batch, which vLLM lengthens by its own tokens, except on the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -47,7 +48,7 @@ class CpuOperations(Operations):
     def nbytes(self) -> int:
         return 0
 
-    def planner(self) -> CpuPlanner:
+    def planner(self, windows: Collection[int | None] = (None,)) -> CpuPlanner:
         return CpuPlanner()
 
     def _of(self, tables: Tables) -> LoopTables:
@@ -94,14 +95,15 @@ class CpuOperations(Operations):
     def prefill(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: torch.Tensor,
         plan: Plan,
         attention: Attention,
         tables: Tables,
         out: torch.Tensor,
     ) -> None:
+        assert key is not None and value is not None
         batch = plan.batch
         page, loop_tables = page_of(cache, self.shape.slot), self._of(tables)
         starts = batch.query_start_loc_cpu[batch.num_decodes :].tolist()
@@ -121,7 +123,10 @@ class CpuOperations(Operations):
                     out[rows],
                 )
 
-    def warm_up(self, page: Page, tables: Tables) -> None:
+    def reserve_chunks(self, num_tokens: int) -> None:
+        """Nothing: what is read off the pages is made anew for each call."""
+
+    def warm_up(self, page: Page, tables: Tables, attention: Attention, from_pages: bool) -> None:
         shape = self.shape
         # A decode of one token, and a prefill of two on a prefix of one.
         starts = torch.tensor([0, 1, 3], dtype=torch.int32)
@@ -140,7 +145,7 @@ class CpuOperations(Operations):
         x = torch.ones(3, shape.num_kv_heads, page.slot.head_dim, dtype=shape.dtype)
         query = torch.ones(3, shape.num_heads, page.slot.head_dim, dtype=shape.dtype)
         out = torch.empty_like(query)
-        plan, attention = self.planner().plan(batch), Attention(1.0)
+        plan = self.planner().plan(batch)
         self.store(x, x, cache, torch.arange(3), tables, plan.segments)
         self.decode(query, cache, plan, attention, tables, out)
         self.prefill(query, x, x, cache, plan, attention, tables, out)

@@ -6,6 +6,7 @@ All memory is allocated beforehand, so that an engine's memory profile counts it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -167,7 +168,7 @@ class TritonOperations(Operations):
     def nbytes(self) -> int:
         return self.decode_workspace.nbytes + self.short_workspace.nbytes + self.prefix_workspace.nbytes
 
-    def planner(self) -> TritonPlanner:
+    def planner(self, windows: Collection[int | None] = (None,)) -> TritonPlanner:
         return TritonPlanner(self)
 
     def store(
@@ -212,15 +213,15 @@ class TritonOperations(Operations):
     def prefill(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         cache: torch.Tensor,
         plan: Plan,
         attention: Attention,
         tables: Tables,
         out: torch.Tensor,
     ) -> None:
-        assert isinstance(plan, TritonPlan)
+        assert isinstance(plan, TritonPlan) and key is not None and value is not None
         batch, rows = plan.batch, plan.batch.prefill_rows
         requests = slice(batch.num_decodes, batch.num_decodes + batch.num_prefills)
         page = page_of(cache, self.shape.slot)
@@ -272,7 +273,14 @@ class TritonOperations(Operations):
         ]
         del scratch
 
-    def warm_up(self, page: Page, tables: Tables) -> None:
+    def reserve_chunks(self, num_tokens: int) -> None:
+        shape, workspace = self.shape, self.prefix_workspace
+        if num_tokens > workspace.tokens:
+            self.prefix_workspace = PrefixWorkspace.allocate(
+                num_tokens, shape.num_kv_heads, shape.slot.head_dim, shape.dtype, shape.device
+            )
+
+    def warm_up(self, page: Page, tables: Tables, attention: Attention, from_pages: bool) -> None:
         shape, limits = self.shape, self.limits
         device, head_dim = shape.device, shape.slot.head_dim
 
@@ -314,7 +322,7 @@ class TritonOperations(Operations):
                 starts,
                 length,
                 page,
-                Attention(1.0),
+                attention,
                 tables,
                 torch.empty_like(query),
                 workspace,
