@@ -88,7 +88,7 @@ def test_a_refusal_names_the_feature_and_the_way_out(field: str) -> None:
 
 def test_every_flag_of_vllms_selector_is_refused_or_known_to_be_harmless() -> None:
     flags = {name for name, default in AttentionSelectorConfig._field_defaults.items() if default is False}
-    assert flags - set(OF_SELECTOR) == {"use_kv_connector"}
+    assert flags - set(OF_SELECTOR) == {"use_kv_connector", "has_sliding_window", "has_sink"}
 
 
 @pytest.mark.parametrize("kind", ["encoder", "encoder_only", "encoder_decoder"])

@@ -26,7 +26,8 @@ from vllm_polarquant import reference, request, startup
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.format import LOSSLESS, PRESETS, SEGMENT
 from vllm_polarquant.kernels.ops import Batch
-from vllm_polarquant.startup import Sample, centres_keys, needs_pass, token_ids
+from vllm_polarquant.settings import Settings, option
+from vllm_polarquant.startup import Sample, needs_pass, token_ids
 
 PRESET = "polarquant_k4v4"
 
@@ -55,12 +56,13 @@ def config(
         ({"polarquant": {}}, True),
         ({"polarquant": {"centre_keys": True}}, True),
         ({"polarquant": {"centre_keys": False}}, False),
+        ({"polarquant": {"prefill_from_pages": True}}, True),
         (json.loads(startup.OFF), False),
         (object(), True),
     ],
 )
 def test_the_switch(additional: Any, wanted: bool) -> None:
-    assert centres_keys(config(additional=additional)) is wanted
+    assert Settings.of(additional).centre_keys is wanted
     assert needs_pass(config(additional=additional)) is wanted
 
 
@@ -73,12 +75,19 @@ def test_the_switch(additional: Any, wanted: bool) -> None:
         ({"center_keys": False}, "center_keys"),
         (False, "False"),
         (["centre_keys"], "centre_keys"),
+        ({"prefill_from_pages": "yes"}, "prefill_from_pages must be true or false, got 'yes'"),
+        ({"prefill_from_page": True}, "prefill_from_page'"),
     ],
 )
 def test_a_wrong_switch_is_refused(section: Any, part: str) -> None:
     with pytest.raises(ValueError, match="--additional-config: polarquant") as refusal:
-        centres_keys(config(additional={"polarquant": section}))
+        Settings.of({"polarquant": section})
     assert part in str(refusal.value)
+
+
+def test_prefills_read_pages_only_if_asked() -> None:
+    assert not Settings.of({}).prefill_from_pages
+    assert Settings.of(json.loads(option("prefill_from_pages", True))) == Settings(True, True)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +138,11 @@ def batch(before: int, tokens: int, decode: bool = False, requests: int = 1) -> 
     )
 
 
+def power_of(query: torch.Tensor) -> torch.Tensor:
+    """Of the queries [n, 4, d] of each of two kv heads."""
+    return query.float().square().sum(0).view(2, 2, -1).sum(1)
+
+
 @pytest.mark.parametrize("sizes", [[100], [40, 60], [1, 1, 98], [99, 1], [30, 80]])
 def test_a_sample_collects_chunks_and_attends_exactly(sizes: list[int]) -> None:
     tokens, plain = sum(sizes), Attention(0.3, window=50)
@@ -158,9 +172,36 @@ def test_a_sample_collects_chunks_and_attends_exactly(sizes: list[int]) -> None:
         start += size
     ((keys, power),) = finished
     assert torch.equal(keys, key[:100])
-    torch.testing.assert_close(power, query[:100].float().square().sum(0))
+    torch.testing.assert_close(power, power_of(query[:100]))
     assert sample.done
     assert not sample.attend(query, key, value, batch(start, 1, decode=True), query)
+
+
+@pytest.mark.parametrize("sizes", [[100], [40, 60]])
+def test_layers_without_keys_attend_to_those_of_another_exactly(sizes: list[int]) -> None:
+    key, value = (torch.randn(100, 2, 64).bfloat16() for _ in range(2))
+    queries = [torch.randn(100, 4, 64).bfloat16() for _ in range(3)]
+    kinds = [Attention(0.3), Attention(0.2, window=30), Attention(0.3, soft_cap=5.0, sinks=torch.ones(4))]
+    finished: list[tuple[torch.Tensor, torch.Tensor]] = []
+    samples = [Sample(100, kinds[0], lambda *given: finished.append(given))]
+    samples += [Sample(100, kind, lambda *given: pytest.fail("twice"), samples[0]) for kind in kinds[1:]]
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        assert not finished
+        for sample, query, kind in zip(samples, queries, kinds, strict=True):
+            out = torch.full((size, 4, 64), torch.nan).bfloat16()
+            given = (key[rows], value[rows]) if sample is samples[0] else (None, None)
+            written = sample.attend(query[rows], *given, batch(start, size), out)
+            assert written is (start > 0 or sample is not samples[0])
+            if written:
+                want = reference.dense_attention(query, key, value, torch.arange(100), kind).out[rows]
+                torch.testing.assert_close(out.double(), want, rtol=2**-8, atol=1e-3)
+        start += size
+    ((keys, power),) = finished
+    assert torch.equal(keys, key)
+    torch.testing.assert_close(power, sum(map(power_of, queries)))
+    assert all(sample.done for sample in samples)
 
 
 def test_a_draft_models_own_tokens_are_replaced_by_the_next_chunk() -> None:
@@ -178,7 +219,7 @@ def test_a_draft_models_own_tokens_are_replaced_by_the_next_chunk() -> None:
     assert sample.attend(query[30:60], key[30:60], value[30:60], batch(30, 30), out[30:60])
     ((keys, power),) = finished
     assert torch.equal(keys, key[:50])
-    torch.testing.assert_close(power, query[:50].float().square().sum(0))
+    torch.testing.assert_close(power, power_of(query[:50]))
     torch.testing.assert_close(out[30:60].double(), want, rtol=2**-8, atol=1e-3)
 
 

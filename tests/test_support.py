@@ -60,12 +60,26 @@ def test_an_ordinary_layer_is_served(preset: str, head_size: int) -> None:
     support.check_selector(
         selector(kv_cache_dtype=preset, head_size=head_size, block_size=32), config, current_platform
     )
-    support.check_layer(preset, alibi_slopes=None, logits_soft_cap=0.0, chunk_lookback=-1, sinks=None)
+    support.check_layer(
+        preset,
+        alibi_slopes=None,
+        logits_soft_cap=50.0,
+        sliding_window=128,
+        kv_sharing_target_layer_name="model.layers.0",
+        chunk_lookback=-1,
+        sinks=torch.zeros(4),
+    )
     support.check_spec(preset, head_size, head_size)
     support.check_draft_tokens(preset, 16, 16)
 
 
 SELECTED = [rule for rule in RULES if rule.selector]
+SERVED_FLAGS = {"has_sliding_window", "has_sink"}
+
+
+@pytest.mark.parametrize("flag", SERVED_FLAGS)
+def test_windows_and_sinks_are_served(flag: str) -> None:
+    support.check_selector(selector(**{flag: True}), VllmConfig())
 
 
 @pytest.mark.parametrize("rule", SELECTED, ids=lambda rule: rule.feature)
@@ -77,7 +91,14 @@ def test_a_field_of_vllms_selector_is_refused_by_its_rule(rule: support.Rule) ->
 
 def test_every_flag_of_vllms_selector_is_refused_or_known_to_be_harmless() -> None:
     flags = {name for name, default in AttentionSelectorConfig._field_defaults.items() if default is False}
-    assert flags - {rule.selector for rule in SELECTED} == {"use_kv_connector"}
+    assert flags - {rule.selector for rule in SELECTED} == {"use_kv_connector", *SERVED_FLAGS}
+
+
+def test_fast_prefill_is_refused() -> None:
+    """Its batches hold a request's last tokens alone."""
+    config = VllmConfig()
+    config.cache_config.kv_sharing_fast_prefill = True
+    assert "leave it out" in refusal(support.check_selector, selector(), config)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +167,7 @@ def test_offloading_to_this_process_is_the_one_connector_that_works() -> None:
     ("arguments", "part"),
     [
         ({"alibi_slopes": [0.5]}, "ALiBi"),
-        ({"logits_soft_cap": 50.0}, "soft-capped"),
-        ({"sliding_window": 128}, "--kv-cache-dtype-skip-layers sliding_window"),
         ({"attn_type": "encoder_decoder"}, "cross attention (encoder_decoder)"),
-        ({"kv_sharing_target_layer_name": "model.layers.0"}, "another layer's KV cache"),
-        ({"sinks": torch.zeros(4)}, "attention sinks"),
         ({"chunk_lookback": 2}, "'chunk_lookback'"),
         ({"invented": torch.ones(2)}, "'invented'"),
     ],
@@ -221,6 +238,18 @@ GEMMA3 = GEMMA | {
     "model_type": "gemma3_text",
     "sliding_window": 64,
     "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+}
+# The last two layers read the caches of the first two.
+GEMMA3N = LLAMA | {
+    "architectures": ["Gemma3nForCausalLM"],
+    "model_type": "gemma3n_text",
+    "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "activation_sparsity_pattern": [0.0] * 4,
 }
 MLA = LLAMA | {
     "kv_lora_rank": 512,
@@ -348,6 +377,42 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         },
         (1, 1, 3),
     ),
+    "gpt-oss, with sinks and windows": (
+        LLAMA
+        | {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        (4, 4, 0),
+    ),
+    "Gemma 2, with soft caps and windows": (
+        GEMMA
+        | {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 64,
+        },
+        (4, 4, 0),
+    ),
+    "Gemma 3 text": (GEMMA3, (4, 4, 0)),
+    "Gemma 3n, two of whose layers have no cache": (GEMMA3N, (2, 2, 0)),
+    "Mistral with a window in every layer": (MISTRAL | {"sliding_window": 64}, (4, 4, 0)),
+    "Phi-3 with a window that no request reaches": (
+        LLAMA
+        | {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "sliding_window": 1024,
+            "pad_token_id": 0,
+        },
+        (4, 4, 0),
+    ),
     "Gemma 4 with two head_dims": (
         GEMMA
         | {
@@ -376,52 +441,6 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         },
         ["MLA"],
         [],
-    ),
-    "gpt-oss": (
-        LLAMA
-        | {
-            "architectures": ["GptOssForCausalLM"],
-            "model_type": "gpt_oss",
-            "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-        },
-        ["attention sinks", "sliding window"],
-        [],
-    ),
-    "Gemma 2": (
-        GEMMA
-        | {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "sliding_window": 64,
-        },
-        ["soft-capped logits", "sliding window"],
-        [],
-    ),
-    "Gemma 3": (
-        GEMMA3,
-        ["sliding window"],
-        ["--disable-sliding-window", "--kv-cache-dtype-skip-layers sliding_window"],
-    ),
-    "Mistral with a window in every layer": (
-        MISTRAL | {"sliding_window": 64},
-        ["sliding window"],
-        ["--disable-sliding-window"],
-    ),
-    "Phi-3 with a window that no request reaches": (
-        LLAMA
-        | {
-            "architectures": ["Phi3ForCausalLM"],
-            "model_type": "phi3",
-            "sliding_window": 1024,
-            "pad_token_id": 0,
-        },
-        ["sliding window"],
-        ["--disable-sliding-window"],
     ),
     "Falcon, whose layers vLLM gives no dtype": (
         {
@@ -519,25 +538,27 @@ def test_a_model_is_refused_for_all_its_reasons_and_the_ways_out_are_tried(name:
         assert run.quantised
 
 
-def test_windows_that_no_request_reaches_are_said_to_be_idle(tmp_path: Path) -> None:
-    config, _, _ = REFUSED["Phi-3 with a window that no request reaches"]
-    answer = explore(config, tmp_path)
-    assert "--disable-sliding-window: no request is longer" in answer.run.found[0].hit.sentence(PRESET)
-    ((_, served),) = answer.ways_out
-    assert served.max_model_len == answer.run.max_model_len
-    (cut,) = explore(REFUSED["Mistral with a window in every layer"][0], tmp_path).ways_out
-    assert cut[1].max_model_len == 64
-
-
 def test_what_cannot_help_is_not_advised(tmp_path: Path) -> None:
-    config, _, _ = REFUSED["Gemma 2"]
-    for found in explore(config, tmp_path).run.found:
-        assert "skip" not in found.hit.sentence(PRESET)
+    run = explore(LLAMA | {"head_dim": 48}, tmp_path, dtype="float32").run
+    assert [found.hit.rule for found in run.found] == [support.HEAD_DIM, support.DTYPE]
+    for found in run.found:
+        assert "--dtype" not in found.hit.sentence(PRESET)
+
+
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_layers_that_share_a_cache_are_skipped_together_or_not_at_all(skipped: int, tmp_path: Path) -> None:
+    (found,) = explore(GEMMA3N, tmp_path, kv_cache_dtype_skip_layers=[str(skipped)]).run.found
+    assert found.hit.rule is support.SPLIT_SHARING
+    assert found.layers == [3]
+    seen.add(found.hit.rule.feature)
+    run = explore(GEMMA3N, tmp_path, kv_cache_dtype_skip_layers=["1", "3"]).run
+    assert not run.found
+    assert [layer.index for layer in run.quantised] == [0]
 
 
 def test_layers_are_told_by_number(tmp_path: Path) -> None:
-    (found,) = explore(GEMMA3, tmp_path).run.found
-    assert found.layers == [0, 1, 2]
+    (found,) = explore(LLAMA | {"head_dim": 48}, tmp_path).run.found
+    assert found.layers == [0, 1, 2, 3]
     run = explore(GEMMA3, tmp_path, kv_cache_dtype_skip_layers=["sliding_window"]).run
     assert not run.found
     assert [layer.index for layer in run.quantised] == [3]
@@ -554,10 +575,9 @@ def test_the_language_model_is_judged_where_the_whole_cannot_be_built(tmp_path: 
         "text_config": text,
     }
     answer = explore(config, tmp_path)
-    assert [found.hit.rule for found in answer.run.found] == [support.MM_PREFIX, support.SLIDING_WINDOW]
+    assert [found.hit.rule for found in answer.run.found] == [support.MM_PREFIX]
     assert any("only the language model" in note for note in answer.run.notes)
-    assert all(options["language_model_only"] for options, _ in answer.ways_out)
-    assert len(answer.ways_out) == 2
+    assert [options for options, _ in answer.ways_out] == [{"language_model_only": True}]
 
 
 def test_what_vllm_does_not_know_is_said_in_one_line(tmp_path: Path) -> None:
@@ -581,15 +601,11 @@ def test_building_leaves_vllm_as_it_was(tmp_path: Path) -> None:
         ({"alibi": True}, "ALiBi"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"attn_config": {"alibi": True}}, "ALiBi"),
-        ({"num_kv_shared_layers": 2}, "shared KV layers"),
         ({"rswa_window": 128}, "R-SWA"),
         ({"index_topk": 2048}, "sparse attention"),
-        ({"add_swa_attention_sink_bias": True}, "attention sinks"),
-        ({"attn_logit_softcapping": 50.0}, "soft-capped logits"),
         ({"kv_lora_rank": 512}, "MLA"),
         ({"cross_attention_layers": [3]}, "encoder or cross attention"),
         ({"is_encoder_decoder": True}, "encoder or cross attention"),
-        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True}, "sliding window"),
     ],
 )
 def test_what_one_field_of_a_config_shows(changes: dict[str, Any], feature: str) -> None:

@@ -75,6 +75,14 @@ class PolarQuantBackend(AttentionBackend):
         return kv_cache_dtype == cls.preset
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Give the spec its page: head_dim becomes the preset's bytes a token a kv head."""
         if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:

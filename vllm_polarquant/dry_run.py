@@ -25,13 +25,12 @@ from vllm_polarquant.support import (
     NO_LAYER,
     OWN_BACKEND,
     RULES,
-    SLIDING_WINDOW,
+    SPLIT_SHARING,
     Hit,
     layer_hits,
     selector_hits,
     spec_hits,
     text_config,
-    window_hit,
 )
 
 SECONDS = 180
@@ -328,7 +327,9 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
             mine = id(getattr(layer, "impl", None)) in {id(impl) for impl, _ in recorder.by_layer}
             if not mine:
                 all_hits.append((index, Hit(OWN_BACKEND, {"value": backend})))
-        if getattr(layer, "kv_sharing_target_layer_name", None):
+        if target := getattr(layer, "kv_sharing_target_layer_name", None):
+            if ours != is_polar_dtype(context[target].kv_cache_dtype):
+                all_hits.append((index, Hit(SPLIT_SHARING)))
             continue
         try:
             spec = layer.get_kv_cache_spec(config)
@@ -352,9 +353,6 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
     hopeless = any(not hit.rule.options for _, hit in all_hits)
     found: dict[tuple[int, str], Found] = {}
     for index, hit in all_hits:
-        # A layer's constructor says again what the selector has said, in fewer words.
-        if hit.rule is SLIDING_WINDOW:
-            hit = window_hit(model_config)
         if hopeless and hit.rule.options:
             # What keeps the dtype is no help beside what does not.
             hit = replace(hit, way_out=AUTO)
@@ -391,13 +389,10 @@ def _candidates(run: DryRun, options: Mapping[str, Any]) -> list[dict[str, Any]]
     """Options that might serve what `run` found to be refused."""
     if not run.found or any(not found.hit.rule.options for found in run.found):
         return []
-    windows = any(found.hit.rule is SLIDING_WINDOW for found in run.found)
     every: dict[str, Any] = dict(options)
     for found in run.found:
         every |= found.hit.rule.options
-    # Windows that no request reaches, or that requests can be kept to.
-    without = {name: value for name, value in every.items() if name != "kv_cache_dtype_skip_layers"}
-    return [without | {"disable_sliding_window": True}, every] if windows else [every]
+    return [every]
 
 
 def _language_model(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from vllm_polarquant.compat import hide_numba
 from vllm_polarquant.kernels.ops import Batch, Plan
 from vllm_polarquant.layer import PolarQuantImpl
 from vllm_polarquant.page import Page
-from vllm_polarquant.support import ranges
+from vllm_polarquant.support import SPLIT_SHARING, ranges, refuse
 
 logger = init_logger("vllm.polarquant")
 
@@ -41,15 +41,17 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        impl: PolarQuantImpl = next(iter(layers.values())).impl
+        impls = _share_caches(vllm_config, layer_names)
+        impl = impls[0]
         page = Page(impl.shape.slot, kv_cache_spec.block_size)
         _log_layers(vllm_config, page, impl, layer_names)
         # Captured graphs read what it plans into, so it stays.
-        self.planner = impl.ops.planner()
+        self.planner = impl.ops.planner({each.attention.window for each in impls})
         if current_platform.is_cpu():
             hide_numba()
-        impl.ops.warm_up(page, impl.tables, impl.attention, False)
+        kinds = {_kind(each): each for each in impls}
+        for each in kinds.values():
+            impl.ops.warm_up(page, each.tables, each.attention, each.from_pages)
 
     def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Plan:
         """A draft model's batch, which vLLM lengthens by its own tokens, except on the host."""
@@ -91,9 +93,38 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
         )
 
 
+def _share_caches(vllm_config: VllmConfig, layer_names: list[str]) -> list[PolarQuantImpl]:
+    """The implementations of a group's layers, each with the layer whose cache it reads.
+
+    That of a draft's layers is known only after they are made.
+
+    Raises:
+        support.Refused: if layers of two dtypes share a cache.
+    """
+    every = get_layers_from_vllm_config(vllm_config, Attention)
+    for layer in every.values():
+        target = layer.kv_sharing_target_layer_name
+        if target in layer_names and not isinstance(layer.impl, PolarQuantImpl):
+            raise refuse(every[target].kv_cache_dtype, SPLIT_SHARING)
+    impls = []
+    for name in layer_names:
+        layer = every[name]
+        if layer.kv_sharing_target_layer_name is not None:
+            layer.impl.share(every.get(layer.kv_sharing_target_layer_name))
+        impls.append(layer.impl)
+    return impls
+
+
+def _kind(impl: PolarQuantImpl) -> tuple[object, ...]:
+    """What makes kernels differ between layers of one shape."""
+    attention = impl.attention
+    return attention.window, attention.soft_cap, attention.sinks is None, impl.from_pages
+
+
 def _log_layers(vllm_config: VllmConfig, page: Page, impl: PolarQuantImpl, layer_names: list[str]) -> None:
     """One line at start-up: preset, bytes a token, ratio, and which layers are which."""
     every = get_layers_from_vllm_config(vllm_config, Attention)
+    layer_names = [name for name in layer_names if every[name].kv_sharing_target_layer_name is None]
     native = [name for name, layer in every.items() if layer.kv_cache_dtype == "auto"]
     slot, heads, layers = page.slot, impl.num_kv_heads, len(layer_names)
     identity = page.cache_id(impl.ops.order)

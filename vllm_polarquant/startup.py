@@ -7,10 +7,9 @@ and before graphs are captured. No data is needed: a model's keys share their me
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,11 @@ from vllm_polarquant.centring import Rope, centre_keys, fill, fingerprint
 from vllm_polarquant.codec import Tables
 from vllm_polarquant.format import PRESETS, SEGMENT
 from vllm_polarquant.kernels.ops import Batch
+from vllm_polarquant.settings import Settings, option
 
 logger = init_logger("vllm.polarquant")
 
-SECTION, SWITCH = "polarquant", "centre_keys"
-OFF = json.dumps({SECTION: {SWITCH: False}})
+OFF = option("centre_keys", False)
 """What `--additional-config` turns centring off with."""
 
 TOKENS = 512
@@ -39,27 +38,11 @@ LEAST_TOKENS = 16
 _QUERIES_AT_ONCE = 64
 
 
-def centres_keys(config: VllmConfig) -> bool:
-    """Whether keys are to be centred, by vLLM's `--additional-config`.
-
-    Raises:
-        ValueError: for a section that is none, an unknown name in it or a value that is not true or false.
-    """
-    given = config.additional_config
-    section = given.get(SECTION, {}) if isinstance(given, Mapping) else {}
-    if not isinstance(section, Mapping) or set(section) - {SWITCH}:
-        raise ValueError(f"--additional-config: {SECTION} holds {SWITCH} and nothing else, got {section!r}")
-    wanted = section.get(SWITCH, True)
-    if not isinstance(wanted, bool):
-        raise ValueError(f"--additional-config: {SECTION}.{SWITCH} must be true or false, got {wanted!r}")
-    return wanted
-
-
 def needs_pass(config: VllmConfig) -> bool:
     """Whether any layer's keys are to be centred; the same on all ranks of an engine."""
     speculative = config.speculative_config
     dtypes = [config.cache_config.cache_dtype, getattr(speculative, "kv_cache_dtype", None)]
-    return centres_keys(config) and any(
+    return Settings.of(config.additional_config).centre_keys and any(
         dtype in PRESETS and PRESETS[dtype][0].kind != "raw" for dtype in dtypes
     )
 
@@ -78,59 +61,85 @@ class Sample:
     Args:
         length: tokens to collect.
         attention: of the layer.
-        finish: called once with keys [length, kv heads, d] and queries' power, float32 [num_heads, d].
+        finish: called once with keys [length, kv heads, d] and the power of the queries that read them,
+            float32 [kv heads, d].
+        source: of the layer whose keys and values this one reads, if it has none of its own: its queries
+            count among that one's, which then calls its own finish when the last of its readers is done.
     """
 
     def __init__(
-        self, length: int, attention: Attention, finish: Callable[[torch.Tensor, torch.Tensor], None]
+        self,
+        length: int,
+        attention: Attention,
+        finish: Callable[[torch.Tensor, torch.Tensor], None],
+        source: Sample | None = None,
     ) -> None:
         self.length, self.attention, self.finish = length, attention, finish
         self.done = False
+        self._source = source or self
         self._collected = 0
         self._key: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
         self._power: torch.Tensor | None = None
+        self._readers = 0
+        self._source._readers += 1
 
     def attend(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         batch: Batch,
         output: torch.Tensor,
     ) -> bool:
         """Take the next chunk, if it is that. Whether its attention was written to output."""
-        tokens = batch.num_tokens
+        tokens, source = batch.num_tokens, self._source
         if self.done or batch.num_decodes + batch.num_prefills != 1:
             return False
         start = int(batch.seq_lens[0]) - tokens
         if not 0 <= start <= self._collected:
             return False
-        query, key, value = query[:tokens], key[:tokens], value[:tokens]
+        query = query[:tokens]
+        if source is self:
+            assert key is not None and value is not None
+            # A model may write its next layer's over keys that are kept.
+            self._key = _after(self._key, start, key[:tokens])
+            self._value = _after(self._value, start, value[:tokens])
+        assert source._key is not None and source._value is not None
         # A draft model goes beyond each chunk with tokens of its own, and comes back for the next one. Powers
         # of queries are summed once a position, in 32 bits.
         power = query[self._collected - start : self.length - start].float().square().sum(0)
-        # A model may write its next layer's over keys that are kept.
-        self._key = key.clone() if self._key is None else torch.cat([self._key[:start], key])
-        self._value = value.clone() if self._value is None else torch.cat([self._value[:start], value])
-        self._power = power if self._power is None else self._power + power
+        power = power.unflatten(0, (source._key.shape[1], -1)).sum(1)
+        source._power = power if source._power is None else source._power + power
         self._collected = max(self._collected, start + tokens)
         # A first chunk attends to its own keys as they are, unless it passes for a decode.
-        written = bool(start or batch.num_decodes)
+        written = bool(start or batch.num_decodes or source is not self)
         if written:
             position = torch.arange(start, start + tokens, device=query.device)
             for first in range(0, tokens, _QUERIES_AT_ONCE):
                 rows = slice(first, first + _QUERIES_AT_ONCE)
                 attended = reference.dense_attention(
-                    query[rows], self._key, self._value, position[rows], self.attention
+                    query[rows], source._key, source._value, position[rows], self.attention
                 )
                 output[:tokens][rows] = attended.out.to(output.dtype)
             output[tokens:] = 0
-        if len(self._key) >= self.length:
+        if self._collected >= self.length:
             self.done = True
+            source._read()
+        return written
+
+    def _read(self) -> None:
+        """One layer that reads the keys has all it needs of them."""
+        self._readers -= 1
+        if not self._readers:
+            assert self._key is not None and self._power is not None
             self.finish(self._key[: self.length], self._power)
             self._key = self._value = self._power = None
-        return written
+
+
+def _after(before: torch.Tensor | None, start: int, chunk: torch.Tensor) -> torch.Tensor:
+    """A copy of a chunk behind the first `start` rows of those before it."""
+    return chunk.clone() if before is None else torch.cat([before[:start], chunk])
 
 
 class _Report(NamedTuple):
@@ -153,7 +162,7 @@ def run(worker: Any) -> None:
     config = worker.vllm_config
     if needs_pass(config):
         _centre_keys(worker)
-    if impls := [layer.impl for _, layer in _layers(config)]:
+    if impls := [layer.impl for _, layer in own_layers(config)]:
         _restore_on_wake_up(worker, impls)
 
 
@@ -161,16 +170,25 @@ def _centre_keys(worker: Any) -> None:
     """Centre the keys of every layer, and say so in one log line."""
     config = worker.vllm_config
     began = time.perf_counter()
-    layers = {name: layer for name, layer in _layers(config) if layer.impl.centred}
+    layers = {name: layer for name, layer in own_layers(config) if layer.impl.centred}
     length = request.room(worker, TOKENS)
     if length < LEAST_TOKENS:
         logger.warning("keys are not centred: there is no room for a pass of %d tokens", LEAST_TOKENS)
         return
-    removed: dict[str, float | None] = dict.fromkeys(layers)
+    removed: dict[str, float | None] = {}
     try:
         ropes = _Ropes(worker, num_segments(config))
         for name, layer in layers.items():
-            layer.impl.sample = Sample(length, layer.impl.attention, _finisher(name, layer, ropes, removed))
+            source = layer.impl.source
+            if source is None:
+                removed[name] = None
+            # A layer comes after the one whose cache it reads.
+            layer.impl.sample = Sample(
+                length,
+                layer.impl.attention,
+                _finisher(name, layer, ropes, removed),
+                source and source.sample,
+            )
         request.run(worker, token_ids(config, length))
     except Exception as problem:
         raise RuntimeError(
@@ -179,13 +197,13 @@ def _centre_keys(worker: Any) -> None:
     finally:
         for layer in layers.values():
             layer.impl.sample = None
-    impls = [layers[name].impl for name in sorted(layers)]
+    impls = [layers[name].impl for name in sorted(removed)]
     reports = request.gather(_Report(removed, fingerprint(impl.tables for impl in impls)))
     if reports:
         _log(reports, length, time.perf_counter() - began)
 
 
-def _layers(config: VllmConfig) -> Iterator[tuple[str, Any]]:
+def own_layers(config: VllmConfig) -> Iterator[tuple[str, Any]]:
     """The attention layers that are ours, and their names."""
     from vllm_polarquant.layer import PolarQuantImpl
 
@@ -217,13 +235,14 @@ def _log(reports: list[_Report], length: int, seconds: float) -> None:
 
 
 def _restore_on_wake_up(worker: Any, impls: list[Any]) -> None:
-    """Bring tables and workspaces back after sleep of level 2, which discards the memory that they lie in.
+    """Bring tables, sinks and workspaces back after sleep of level 2, which discards the memory they lie in.
 
-    After new weights they stay as they are: what is in pages was written with them.
+    After new weights tables stay as they are: what is in pages was written with them.
     """
     if not worker.vllm_config.model_config.enable_sleep_mode:
         return
-    kept = {id(part): (part, part.cpu()) for impl in impls for part in impl.tables}
+    parts = [part for impl in impls for part in (*impl.tables, impl.attention.sinks) if part is not None]
+    kept = {id(part): (part, part.cpu()) for part in parts}
     ops = {id(impl.ops): impl.ops for impl in impls}
     wake_up = worker.wake_up
 
@@ -314,9 +333,8 @@ def _finisher(
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
     def finish(key: torch.Tensor, query_power: torch.Tensor) -> None:
         tables: Tables = layer.impl.tables
-        power = query_power.unflatten(0, (key.shape[1], -1)).sum(1)
-        found = centre_keys(key, power, ropes.of(layer), len(tables.centres))
+        found = centre_keys(key, query_power, ropes.of(layer), len(tables.centres))
         fill(tables, found, layer.impl.shape.dtype)
-        removed[name] = float(found.removed.mean())
+        layer.impl.energy_removed = removed[name] = float(found.removed.mean())
 
     return finish

@@ -16,7 +16,6 @@ from vllm_polarquant.format import HEAD_DIMS, Slot, UnsupportedFormat, is_polar_
 from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, Page
 
 AUTO = "serve the model with --kv-cache-dtype auto"
-SKIP_WINDOWS = "--kv-cache-dtype-skip-layers sliding_window"
 
 DTYPES = ("bfloat16", "float16")
 MIN_CAPABILITY = (8, 0)
@@ -95,11 +94,6 @@ def _is_mla(text: Config, config: Config) -> object:
     return text.get("kv_lora_rank") and _model_type(text, config) != "minicpm3"
 
 
-def _has_sinks(text: Config, config: Config) -> object:
-    fields = ("add_swa_attention_sink_bias", "add_full_attention_sink_bias", "swa_attention_sink_enabled")
-    return _model_type(text, config) == "gpt_oss" or any(text.get(name) for name in fields)
-
-
 def _is_alibi(text: Config, config: Config) -> object:
     attention = text.get("attn_config")
     return (
@@ -114,19 +108,6 @@ def _sees_images_both_ways(text: Config, config: Config) -> object:
     # The list is vLLM's own.
     models = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
     return text is not config and str(config.get("model_type")).lower() in models
-
-
-def _has_windows(text: Config, config: Config) -> object:
-    kinds = text.get("layer_types")
-    if isinstance(kinds, list) and kinds:
-        return any("sliding" in str(kind) for kind in kinds)
-    window = text.get("sliding_window") or text.get("sliding_window_size")
-    if not re.match("qwen[23]", _model_type(text, config)):
-        return window and text.get("use_sliding_window", True)
-    # Qwen's configs name a window that is off unless another field turns it on, and then from a layer on.
-    first, layers = text.get("max_window_layers"), text.get("num_hidden_layers")
-    none_left = isinstance(first, int) and isinstance(layers, int) and first >= layers
-    return window and text.get("use_sliding_window") and not none_left
 
 
 def _is_encoder(text: Config, config: Config) -> object:
@@ -162,33 +143,12 @@ SPARSE = Rule(
     selector="use_sparse",
     config=lambda text, config: text.get("index_topk"),
 )
-SINKS = Rule(
-    "attention sinks",
-    "attention sinks",
-    models="gpt-oss",
-    selector="has_sink",
-    config=_has_sinks,
-)
 ALIBI = Rule(
     "ALiBi",
     "ALiBi biases on the logits",
     models="BLOOM, MPT, Falcon with `alibi`",
     layer="alibi_slopes",
     config=_is_alibi,
-)
-SOFT_CAP = Rule(
-    "soft-capped logits",
-    "soft-capped attention logits",
-    models="Gemma 2, Grok 1",
-    layer="logits_soft_cap",
-    config=lambda text, config: text.get("attn_logit_softcapping"),
-)
-SHARED_KV = Rule(
-    "shared KV layers",
-    "layers that read another layer's KV cache",
-    models="Gemma 3n",
-    layer="kv_sharing_target_layer_name",
-    config=lambda text, config: text.get("num_kv_shared_layers"),
 )
 PER_HEAD_SCALES = Rule(
     "per-head KV scales",
@@ -241,20 +201,6 @@ HEAD_DIM = Rule(
     "head_dim",
     f"head_dim {{value}} (it has {', '.join(map(str, HEAD_DIMS))})",
     models="models with another head_dim",
-)
-SLIDING_WINDOW = Rule(
-    "sliding window",
-    "sliding-window layers",
-    f"keep them in 16 bits with {SKIP_WINDOWS}, so that only the other layers get smaller, or cut requests "
-    "to the window with --disable-sliding-window",
-    models="Mistral 7B v0.1, Gemma 3, Phi-3, Qwen2 with `use_sliding_window`",
-    selector="has_sliding_window",
-    layer="sliding_window",
-    config=_has_windows,
-    options={"kv_cache_dtype_skip_layers": ["sliding_window"]},
-)
-IDLE_WINDOW = (
-    "serve its layers as full ones with --disable-sliding-window: no request is longer than the window"
 )
 DTYPE = Rule(
     "dtype",
@@ -318,6 +264,16 @@ SKIPPED_CHUNKS = Rule(
     "leave them out of --kv-cache-dtype-skip-layers",
 )
 GPU = Rule(
+SPLIT_SHARING = Rule(
+    "skipping one of two layers that share a cache",
+    "skipping one of two layers that share a KV cache",
+    "name both in --kv-cache-dtype-skip-layers, or neither",
+)
+FAST_PREFILL = Rule(
+    "fast prefill",
+    "--kv-sharing-fast-prefill",
+    "leave it out",
+)
     "older GPU",
     "GPUs before compute capability {value}",
     "use an A100 or a later GPU, or serve the model with --kv-cache-dtype auto",
@@ -336,11 +292,25 @@ SERVED = (
     ("some layers with a state instead of a cache", "Qwen3-Next, Nemotron-H, Falcon-H1, Granite 4, LFM2"),
     ("chunked attention", "Llama 4"),
     ("several head_dims in a model", "Gemma 4, where all are among those below"),
+    (
+        "sliding windows",
+        "Gemma 2 and 3, Mistral 7B v0.1, Phi-3, Olmo 3, EXAONE 4, Cohere 2, Qwen2 with `use_sliding_window`",
+    ),
+    ("soft-capped logits", "Gemma 2, Grok 1"),
+    (
+        "attention sinks",
+        "gpt-oss, which public reports find sensitive to any quantised key: measure it",
+    ),
+    ("shared KV layers", "Gemma 3n"),
 )
 """What is served, and whose it is."""
 
 
 def refuse(preset: str, what: Hit | Rule | str, way_out: str = AUTO) -> Refused:
+SERVED_ARGUMENTS = ("sliding_window", "logits_soft_cap", "kv_sharing_target_layer_name", "sinks")
+"""Arguments of vLLM's AttentionImpl, beside sizes and the scale, that layers take as they come."""
+
+
     """The error for a rule, a hit one, or a feature in words; to be raised by the caller."""
     if isinstance(what, str):
         return Refused(f"--kv-cache-dtype {preset} does not support {what}; {way_out}.")
@@ -394,40 +364,28 @@ def _platform_hits(platform: Any) -> Iterator[Hit]:
         yield Hit(PLATFORM, {"value": platform.device_name})
 
 
-def window_hit(model_config: Any = None) -> Hit:
-    """The refusal of a window, with the way out that fits vLLM's ModelConfig where it is known."""
-    window = getattr(getattr(model_config, "hf_text_config", None), "sliding_window", None)
-    idle = isinstance(window, int) and window >= model_config.max_model_len
-    return Hit(SLIDING_WINDOW, way_out=IDLE_WINDOW if idle else "")
-
-
 def selector_hits(selector: Any, config: Any = None, platform: Any = None) -> Iterator[Hit]:
     """Every rule that a layer hits, by what vLLM asks of its backend.
 
     Args:
         selector: vLLM's AttentionSelectorConfig.
-        config: the VllmConfig in force; without it connectors are not judged.
+        config: the VllmConfig in force; without it connectors and options of the cache are not judged.
         platform: vLLM's current_platform; without it the device is not judged.
     """
-    model_config = getattr(config, "model_config", None)
     for rule in RULES:
-        if not rule.selector or not getattr(selector, rule.selector, False):
-            continue
-        if rule is not SLIDING_WINDOW:
+        if rule.selector and getattr(selector, rule.selector, False):
             yield Hit(rule)
-            continue
-        # Of a soft cap a layer tells only later: do not advise what would not help.
-        text = model_config.hf_text_config.to_dict() if model_config else {}
-        yield from (Hit(other) for other in (SOFT_CAP, SHARED_KV) if _shows(other, text, text))
-        yield window_hit(model_config)
     if selector.use_mla:
         return
     if _attn_type(selector.attn_type) != "decoder":
         yield Hit(ENCODER, {"value": _attn_type(selector.attn_type)})
     if _dtype_name(selector.dtype) not in DTYPES:
         yield Hit(DTYPE, {"value": _dtype_name(selector.dtype)})
-    if selector.use_kv_connector and config is not None:
-        yield from connector_hits(config.kv_transfer_config)
+    if config is not None:
+        if selector.use_kv_connector:
+            yield from connector_hits(config.kv_transfer_config)
+        if config.cache_config.kv_sharing_fast_prefill:
+            yield Hit(FAST_PREFILL)
     yield from _format_hits(selector.kv_cache_dtype, selector.head_size, selector.block_size)
     if platform is not None:
         yield from _platform_hits(platform)
@@ -442,32 +400,21 @@ def layer_hits(
     kv_cache_dtype: str,
     *,
     alibi_slopes: object = None,
-    logits_soft_cap: float | None = None,
-    sliding_window: int | None = None,
     attn_type: str = "decoder",
-    kv_sharing_target_layer_name: str | None = None,
-    sinks: object = None,
     **extra: Any,
 ) -> Iterator[Hit]:
-    """Every rule that the arguments of vLLM's AttentionImpl hit; extra are those that it does not name."""
+    """Every rule that the arguments of vLLM's AttentionImpl hit; extra are those that are not named."""
     if not is_polar_dtype(kv_cache_dtype):
         # vLLM takes the backend of a chunked layer from the engine's dtype, and skips the layer after.
         yield Hit(SKIPPED_CHUNKS)
     if alibi_slopes is not None:
         yield Hit(ALIBI)
-    if logits_soft_cap:
-        yield Hit(SOFT_CAP)
-    if kv_sharing_target_layer_name is not None:
-        yield Hit(SHARED_KV)
-    if sliding_window is not None:
-        yield Hit(SLIDING_WINDOW)
     if _attn_type(attn_type) != "decoder":
         yield Hit(ENCODER, {"value": _attn_type(attn_type)})
-    if sinks is not None:
-        yield Hit(SINKS)
     for name, setting in extra.items():
         # What means that an option is off.
-        if setting is not None and not (isinstance(setting, int) and setting in (0, -1)):
+        off = setting is None or (isinstance(setting, int) and setting in (0, -1))
+        if not off and name not in SERVED_ARGUMENTS:
             yield Hit(OPTION, {"value": name})
 
 
