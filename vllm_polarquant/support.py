@@ -263,7 +263,6 @@ SKIPPED_CHUNKS = Rule(
     "skipping layers with chunked attention",
     "leave them out of --kv-cache-dtype-skip-layers",
 )
-GPU = Rule(
 SPLIT_SHARING = Rule(
     "skipping one of two layers that share a cache",
     "skipping one of two layers that share a KV cache",
@@ -274,6 +273,7 @@ FAST_PREFILL = Rule(
     "--kv-sharing-fast-prefill",
     "leave it out",
 )
+GPU = Rule(
     "older GPU",
     "GPUs before compute capability {value}",
     "use an A100 or a later GPU, or serve the model with --kv-cache-dtype auto",
@@ -291,7 +291,6 @@ SERVED = (
     ("decoder attention, with any number of KV heads", "Llama, Qwen2, Qwen3, Mistral, Mixtral, GLM-4, Phi"),
     ("some layers with a state instead of a cache", "Qwen3-Next, Nemotron-H, Falcon-H1, Granite 4, LFM2"),
     ("chunked attention", "Llama 4"),
-    ("several head_dims in a model", "Gemma 4, where all are among those below"),
     (
         "sliding windows",
         "Gemma 2 and 3, Mistral 7B v0.1, Phi-3, Olmo 3, EXAONE 4, Cohere 2, Qwen2 with `use_sliding_window`",
@@ -302,15 +301,16 @@ SERVED = (
         "gpt-oss, which public reports find sensitive to any quantised key: measure it",
     ),
     ("shared KV layers", "Gemma 3n"),
+    ("several head_dims in a model", "Gemma 4, where all are among those below"),
 )
 """What is served, and whose it is."""
 
 
-def refuse(preset: str, what: Hit | Rule | str, way_out: str = AUTO) -> Refused:
 SERVED_ARGUMENTS = ("sliding_window", "logits_soft_cap", "kv_sharing_target_layer_name", "sinks")
 """Arguments of vLLM's AttentionImpl, beside sizes and the scale, that layers take as they come."""
 
 
+def refuse(preset: str, what: Hit | Rule | str, way_out: str = AUTO) -> Refused:
     """The error for a rule, a hit one, or a feature in words; to be raised by the caller."""
     if isinstance(what, str):
         return Refused(f"--kv-cache-dtype {preset} does not support {what}; {way_out}.")
