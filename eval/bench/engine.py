@@ -61,7 +61,62 @@ def parse_shapes(text: str) -> list[Shape]:
     return shapes
 
 
-def _run(dtype: str, plan: dict[str, Any], console: Console) -> dict[str, Any]:
+def engine_arguments(text: str) -> dict[str, Any]:
+    """vLLM's EngineArgs from a JSON object.
+
+    Raises:
+        typer.BadParameter: for anything else.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as problem:
+        raise typer.BadParameter(f"{text!r} is not JSON: {problem}") from None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"{text!r} is not a JSON object such as '{{\"tensor_parallel_size\": 2}}'")
+    return found
+
+
+def plan_of(
+    model: str,
+    cells: list[Shape],
+    *,
+    prefill: list[Shape],
+    ttft: list[int],
+    ttft_prefix: list[Shape],
+    full_memory: list[int],
+    tokens: int,
+    repeats: int,
+    max_seqs: int,
+    limit_s: float,
+    engine: dict[str, Any],
+) -> dict[str, Any]:
+    """What the child of `run` measures; arguments as `main`'s.
+
+    Raises:
+        typer.BadParameter: if there is nothing to measure.
+    """
+    contexts = [context for _, context in cells + prefill] + [sum(shape) for shape in ttft_prefix]
+    contexts += ttft + full_memory
+    if not contexts:
+        raise typer.BadParameter("nothing to measure: give --cells, --prefill, --ttft or --full-memory")
+    batches = [batch for batch, _ in cells + prefill]
+    return {
+        "model": model,
+        "cells": cells,
+        "prefill": prefill,
+        "ttft": ttft,
+        "ttft_prefix": ttft_prefix,
+        "full_memory": full_memory,
+        "tokens": tokens,
+        "repeats": repeats,
+        "max_model_len": max(contexts) + tokens + 16,
+        "max_num_seqs": max_seqs or max([*batches, 256 if full_memory else 1]),
+        "limit_s": limit_s,
+        "engine": engine,
+    }
+
+
+def run(dtype: str, plan: dict[str, Any], console: Console) -> dict[str, Any]:
     """Findings of one dtype, with "error" if it ended early, and the clocks of the GPU meanwhile."""
     found: dict[str, Any] = {}
     clocks: list[str] = []
@@ -146,26 +201,19 @@ def main(
         old = json.loads(render.read_text())
         console.print(*write(out, TITLE, old, sections(old)), sep="\n")
         return
-    grid, prefills, prefixes = (parse_shapes(text) for text in (cells, prefill, ttft_prefix))
-    alone, full = ([int(n) for n in filter(None, text.split(","))] for text in (ttft, full_memory))
-    contexts = [context for _, context in grid + prefills] + [sum(shape) for shape in prefixes] + alone + full
-    if not contexts:
-        raise typer.BadParameter("nothing to measure: give --cells, --prefill, --ttft or --full-memory")
-    batches = [batch for batch, _ in grid + prefills]
-    plan = {
-        "model": model,
-        "cells": grid,
-        "prefill": prefills,
-        "ttft": alone,
-        "ttft_prefix": prefixes,
-        "full_memory": full,
-        "tokens": tokens,
-        "repeats": repeats,
-        "max_model_len": max(contexts) + tokens + 16,
-        "max_num_seqs": max_seqs or max([*batches, 256 if full else 1]),
-        "limit_s": limit,
-        "engine": json.loads(engine),
-    }
+    plan = plan_of(
+        model,
+        parse_shapes(cells),
+        prefill=parse_shapes(prefill),
+        ttft=[int(n) for n in filter(None, ttft.split(","))],
+        ttft_prefix=parse_shapes(ttft_prefix),
+        full_memory=[int(n) for n in filter(None, full_memory.split(","))],
+        tokens=tokens,
+        repeats=repeats,
+        max_seqs=max_seqs,
+        limit_s=limit,
+        engine=engine_arguments(engine),
+    )
     asked = shlex.join(sys.argv[1:])
     found: Report = {
         "environment": environment(),
@@ -177,10 +225,10 @@ def main(
         found = kept(earlier(out), found)
     for dtype in dtypes.split(","):
         console.print(f"[bold]{dtype}[/]")
-        run = _run(dtype, plan, console)
-        found["runs"][dtype] = run
+        measured = run(dtype, plan, console)
+        found["runs"][dtype] = measured
         # The clock of a busy GPU; an idle one's says nothing.
-        busy = max(run.pop("sm_clocks", []), key=lambda clock: float(clock.split()[0]), default=None)
+        busy = max(measured.pop("sm_clocks", []), key=lambda clock: float(clock.split()[0]), default=None)
         if busy is not None:
             found["environment"]["SM clock"] = busy
         save(out, found)
@@ -188,7 +236,7 @@ def main(
         console.print(f"\n{section.title}")
         console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
     console.print(*write(out, TITLE, found, sections(found)), sep="\n")
-    if all("error" in run for run in found["runs"].values()):
+    if all("error" in measured for measured in found["runs"].values()):
         raise typer.Exit(1)
 
 
