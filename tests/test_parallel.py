@@ -105,10 +105,15 @@ def test_tables_of_ranks_are_those_of_one_device(ranks: list, shift: float) -> N
 
 
 def test_a_rank_without_its_layer_is_an_error() -> None:
+    alone = [with_tables(answers(), 0, slice(0, 4))]
     with pytest.raises(ValueError, match=r"layer\.0"):
-        table_difference([answers()], [with_tables(answers(), 0, slice(0, 4))])
+        table_difference([answers()], alone)
+    runs = {ALONE: {DEFAULT_PRESET: alone}, "pp2": {BASELINE: [answers()], DEFAULT_PRESET: [answers()]}}
+    (line,) = failures(findings({name: {BASELINE: [answers()]} | run for name, run in runs.items()}))
+    assert line.startswith(f"pp2 {DEFAULT_PRESET}: layers ")
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
     job = {
         "model": str(tmp_path / "nothing"), "dtype": BASELINE, "engine": {},

@@ -143,7 +143,10 @@ def findings(runs: dict[str, dict[str, list[Arrays] | str]]) -> dict[str, dict[s
                     row["from_auto"] = compare(engines, base)
                 if not isinstance(alone, str):
                     row["from_one"] = compare(engines, alone)
-                    row["tables"] = table_difference(engines, alone)
+                    try:
+                        row["tables"] = table_difference(engines, alone)
+                    except ValueError as problem:
+                        row["error"] = str(problem)
             found[f"{layout} {dtype}"] = row
     return found
 
