@@ -7,6 +7,7 @@ with; only a new page format is a reason to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from kernel_cases import OUT_OF_RANGE_BLOCK, centred_keys, centred_tables, empty_cache, vectors
@@ -104,22 +105,24 @@ class Case:
     cache: torch.Tensor
     batch: Batch
     query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-    @property
-    def attention(self) -> Attention:
-        return Attention(self.page.slot.head_dim**-0.5)
+    key: torch.Tensor | None
+    value: torch.Tensor | None
+    attention: Attention
 
     def out(self) -> torch.Tensor:
         """An output that no kernel has written to."""
         return torch.full_like(self.query, UNTOUCHED)
 
     def stored(self, request: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A request's first tokens off its pages, by hand: K and V float64 [length, H, d]."""
+        """A request's first tokens off its pages, by hand: K and V float64 [length, H, d].
+
+        Of blocks that are gone keys are NaN and values zeros.
+        """
         views = reference.page_views(self.cache, self.page, reference.rows(self.page))
         position = torch.arange(length)
         block = self.batch.block_table[request, position // self.page.block_size].long()
+        gone = block == OUT_OF_RANGE_BLOCK
+        block[gone] = 0
         token = position % self.page.block_size
         held, slot, dtype = self.tables, self.page.slot, self.query.dtype
         key = unit_vectors(views.key_codes[block, :, token], slot.key, dtype)
@@ -127,8 +130,10 @@ class Case:
         key = key * decode_radius(radius).double()[..., None]
         centre = centres_of(held, position // SEGMENT, dtype)
         key = torch.where(radius.signbit()[..., None], key + centre, key)
+        key[gone] = NAN
         value = unit_vectors(views.value_codes[block, :, token], slot.value, dtype)
         value = value * decode_radius(views.value_radius[block, :, token]).double()[..., None]
+        value[gone] = 0
         return (
             restored(key, held.query_factors, held.mixing),
             restored(value, held.output_factors, held.mixing),
@@ -146,12 +151,10 @@ class Case:
         for request in range(self.batch.num_decodes):
             rows, length = self.rows(request), int(self.batch.seq_lens[request])
             count = rows.stop - rows.start
-            if count and length:
-                key, value = self.stored(request, length)
+            if count:
                 out[rows], lse[:, rows] = dense_attention(
                     self.query[rows],
-                    key,
-                    value,
+                    *self.stored(request, length),
                     torch.arange(length - count, length),
                     self.attention,
                     0 if starts is None else int(starts[request]),
@@ -164,14 +167,18 @@ class Case:
         for i, context in enumerate(self.batch.context_lens_cpu.tolist()):
             request = self.batch.num_decodes + i
             rows = self.rows(request)
-            key, value = self.stored(request, context)
-            out[rows] = dense_attention(
-                self.query[rows],
-                torch.cat([key, self.key[rows].double()]),
-                torch.cat([value, self.value[rows].double()]),
-                context + torch.arange(rows.stop - rows.start),
-                self.attention,
-            ).out
+            count = rows.stop - rows.start
+            if self.key is None or self.value is None:
+                key, value = self.stored(request, context + count)
+            else:
+                key, value = (
+                    torch.cat([stored, fresh[rows].double()])
+                    for stored, fresh in zip(
+                        self.stored(request, context), (self.key, self.value), strict=True
+                    )
+                )
+            position = context + torch.arange(count)
+            out[rows] = dense_attention(self.query[rows], key, value, position, self.attention).out
         return out
 
 
@@ -186,8 +193,10 @@ def make_case(
     padding: int = 0,
     uneven: bool = False,
     centred: bool = False,
+    from_pages: bool = False,
+    **attention: Any,
 ) -> Case:
-    """Store tokens in scattered blocks, with garbage around them.
+    """Store tokens in scattered blocks, with garbage around them; blocks before all windows are gone.
 
     Args:
         page: of the cache.
@@ -200,13 +209,18 @@ def make_case(
         padding: rows of queries beyond the requests'.
         uneven: with factors that are not those of the codec.
         centred: with kernel_cases' centred_tables and centred_keys.
+        from_pages: chunks are stored too, and keys and values are None.
+        attention: Attention's, beside its scale.
     """
     prefills = prefills or []
     slot = page.slot
-    stored = [length for length, _ in decodes] + [context for context, _ in prefills]
+    kind = Attention(slot.head_dim**-0.5, **attention)
+    stored = [length for length, _ in decodes]
+    stored += [context + from_pages * count for context, count in prefills]
     held = uneven_tables(slot, heads, dtype) if uneven else tables(slot, dtype, CPU)
     if centred:
         held = centred_tables(slot, heads, dtype, CPU, max(stored))
+    seq_lens = [length for length, _ in decodes] + [sum(prefill) for prefill in prefills]
     chunks = [count for _, count in (*decodes, *prefills)]
     needed = [-(-length // page.block_size) for length in stored]
     cache = empty_cache(page, 1 + sum(needed), heads, CPU, layout)
@@ -222,10 +236,13 @@ def make_case(
         if centred:
             key = centred_keys(held, position, dtype)
         write(cache, page, slots + position % page.block_size, key, value, held, position // SEGMENT)
+    for request, (length, (_, count)) in enumerate(zip(seq_lens, (*decodes, *prefills), strict=True)):
+        if kind.window is not None:
+            seen = max(0, length - count - kind.window + 1)
+            block_table[request, : seen // page.block_size] = OUT_OF_RANGE_BLOCK
     starts = torch.tensor([0, *chunks]).cumsum(0).to(torch.int32)
     decode_tokens, tokens = int(starts[len(decodes)]), int(starts[-1])
     contexts = [context for context, _ in prefills]
-    seq_lens = [length for length, _ in decodes] + [sum(prefill) for prefill in prefills]
     return Case(
         page,
         held,
@@ -243,7 +260,11 @@ def make_case(
             context_lens_cpu=torch.tensor(contexts, dtype=torch.int32),
         ),
         torch.randn(tokens + padding, heads * group, slot.head_dim).to(dtype),
-        *(vectors((tokens + padding, heads, slot.head_dim), dtype, CPU) for _ in "kv"),
+        *(
+            None if from_pages else vectors((tokens + padding, heads, slot.head_dim), dtype, CPU)
+            for _ in "kv"
+        ),
+        kind,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from kernel_cases import (
     ALL_PRESETS,
     DTYPES,
     LAYOUTS,
+    OUT_OF_RANGE_BLOCK,
     bits_of,
     centred_keys,
     centred_tables,
@@ -43,7 +44,7 @@ from kernel_cases import (
 )
 
 from vllm_polarquant import reference
-from vllm_polarquant.attention import Attention, UnsupportedAttention
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables, decode_radius, encode_radius, pack_centres, tables
 from vllm_polarquant.eval.bench import cpu as bench_cpu
 from vllm_polarquant.format import LOSSLESS, SEGMENT, Slot, VectorFormat
@@ -60,16 +61,19 @@ K4V4 = "polarquant_k4v4"
 DIMS = (64, 80, 128, 256)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 2.5e-3}
 """Relative error: points are bfloat16 whatever the model is, query and output the model's dtype."""
+GROUP = 3
+SINKS = torch.tensor([-80.0, -2.0, 0.0, 1.0, 5.0, 90.0])
+"""Of 2 * GROUP query heads: from one that takes no part to one that leaves nothing to values."""
 AT_EDGES = [(255, 1), (256, 1), (257, 2), (515, 4), (40, 1)]
 """Decodes that end about the edges of segments."""
 GOLDEN = bytes.fromhex((Path(__file__).parent / "golden_rows.hex").read_text())
 
 
-def decode(case: Case, attention: Attention | None = None) -> torch.Tensor:
+def decode(case: Case) -> torch.Tensor:
     out = case.out()
     ops = CpuOperations(case.shape)
-    plan = ops.planner().plan(case.batch)
-    ops.decode(case.query, case.cache, plan, attention or case.attention, case.tables, out)
+    plan = ops.planner((case.attention.window,)).plan(case.batch)
+    ops.decode(case.query, case.cache, plan, case.attention, case.tables, out)
     return out
 
 
@@ -211,6 +215,46 @@ def test_decode_from_a_token_of_each_request(block_size: int, starts: list[int])
         page_for("polarquant_k3v3", 64, block_size), [(300, 2), (131, 1), (67, 3), (9, 4)], padding=1
     )
     check_lse(case, torch.tensor(starts, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("window", [1, 5, 16, 33, 100, 1000])
+def test_decode_sees_its_window_alone(window: int, block_size: int) -> None:
+    """One query or several, each with a window of its own; blocks before all of them are out of range."""
+    decodes = [(257, 1), (5, 1), (0, 0), (129, 3), (64, 8), (3, 3)]
+    case = make_case(page_for(K4V4, 64, block_size), decodes, group=GROUP, padding=2, window=window)
+    gone = case.batch.block_table[0] == OUT_OF_RANGE_BLOCK
+    assert gone[: 257 // block_size].sum() == max(0, 257 - window) // block_size
+    check_decode(case)
+    check_lse(case)
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("kind", [{"soft_cap": 1.0}, {"sinks": SINKS}, {"window": 30}], ids="-".join)
+def test_decode_of_every_format_and_kind(preset: str, kind: dict[str, Any]) -> None:
+    """A soft cap is of the whole logit, the centre's part included."""
+    case = make_case(page_for(preset, 64), [(300, 2), (40, 1)], group=GROUP, padding=1, centred=True, **kind)
+    check_decode(case)
+    check_lse(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("starts", [None, [0, 255, 256, 257, 9], [3000, 0, 200, 510, 38]], ids=str)
+def test_decode_of_all_kinds_at_once(starts: list[int] | None, dtype: torch.dtype) -> None:
+    case = make_case(
+        page_for("polarquant_k3v2", 128, 32), AT_EDGES, dtype=dtype, group=GROUP, centred=True,
+        window=70, soft_cap=2.0, sinks=SINKS,
+    )  # fmt: skip
+    check_lse(case, None if starts is None else torch.tensor(starts, dtype=torch.int32))
+
+
+def test_a_sink_is_all_that_a_query_without_keys_has() -> None:
+    case = make_case(page_for(K4V4, 64), [(40, 1), (0, 1), (9, 3)], group=GROUP, sinks=SINKS)
+    starts = torch.tensor([40, 0, 7], dtype=torch.int32)
+    check_lse(case, starts)
+    out, lse = decode_from(case, starts)
+    assert not out[:3].any() and out[3:5, :5].any(dim=-1).all()
+    assert torch.equal(lse[:, :3], SINKS[:, None].expand(-1, 3))
 
 
 def test_parts_of_a_context_merge_by_their_lse() -> None:
@@ -506,12 +550,29 @@ def test_vectors_with_nan_are_stored_as_zero_and_disturb_nobody(centred: bool) -
     check_decode(case)
 
 
-def prefill(case: Case, attention: Attention | None = None) -> torch.Tensor:
+def prefill(case: Case) -> torch.Tensor:
     out = case.out()
     ops = CpuOperations(case.shape)
-    plan = ops.planner().plan(case.batch)
-    ops.prefill(
-        case.query, case.key, case.value, case.cache, plan, attention or case.attention, case.tables, out
+    plan = ops.planner((case.attention.window,)).plan(case.batch)
+    ops.prefill(case.query, case.key, case.value, case.cache, plan, case.attention, case.tables, out)
+    return out
+
+
+def prefill_in(case: Case, segment_tokens: int) -> torch.Tensor:
+    """Of a single prefill, so many tokens of its prefix at a time."""
+    out = case.out()
+    prefill_attention(
+        case.query,
+        case.key,
+        case.value,
+        case.cache,
+        case.batch.block_table[0],
+        int(case.batch.context_lens_cpu),
+        case.page,
+        LoopTables.of(case.page.slot, case.tables, case.query.dtype),
+        case.attention,
+        out,
+        segment_tokens,
     )
     return out
 
@@ -559,21 +620,52 @@ def test_prefill_merges_the_segments_of_a_prefix(segment_tokens: int, kind: str)
         uneven=kind == "uneven",
         centred=kind == "centred",
     )
-    out = case.out()
-    prefill_attention(
-        case.query,
-        case.key,
-        case.value,
-        case.cache,
-        case.batch.block_table[0],
-        300,
-        case.page,
-        LoopTables.of(case.page.slot, case.tables, torch.float16),
-        case.attention,
-        out,
-        segment_tokens,
-    )
+    out = prefill_in(case, segment_tokens)
     assert relative_error(out, case.expected_prefill()) < 2 * TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("from_pages", [False, True])
+@pytest.mark.parametrize("window", [1, 16, 40, 130, 1000])
+def test_prefill_sees_its_windows_alone(window: int, from_pages: bool) -> None:
+    """Blocks before all windows are out of range."""
+    chunks = [(0, 33), (1, 1), (37, 20), (150, 3), (60, 290)]
+    check_prefill(
+        make_case(page_for(K4V4, 64), [], chunks, group=GROUP, from_pages=from_pages, window=window)
+    )
+
+
+@pytest.mark.parametrize("segment_tokens", [16, 50, 1000])
+@pytest.mark.parametrize("window", [20, 120])
+def test_prefill_merges_the_segments_of_a_window(segment_tokens: int, window: int) -> None:
+    """Later queries see fewer of a prefix's segments, or none."""
+    case = make_case(page_for(K4V4, 64), [], [(300, 90)], window=window)
+    assert relative_error(prefill_in(case, segment_tokens), case.expected_prefill()) < 8e-3
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"soft_cap": 1.0}, {"sinks": SINKS}, {"window": 30, "soft_cap": 2.0, "sinks": SINKS}],
+    ids=lambda kind: "-".join(kind) or "plain",
+)
+def test_prefill_off_the_pages_of_every_format_and_kind(preset: str, kind: dict[str, Any]) -> None:
+    chunks = [(250, 9), (0, 140), (0, 1)]
+    check_prefill(
+        make_case(page_for(preset, 64), [], chunks, group=GROUP, centred=True, from_pages=True, **kind)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind",
+    [{"soft_cap": 1.0}, {"sinks": SINKS}, {"window": 30, "soft_cap": 2.0, "sinks": SINKS}],
+    ids="-".join,
+)
+def test_prefill_of_every_kind(kind: dict[str, Any], dtype: torch.dtype) -> None:
+    chunks = [(250, 9), (0, 140), (0, 1), (70, 40)]
+    check_prefill(
+        make_case(page_for(K4V4, 64), [], chunks, dtype=dtype, group=GROUP, centred=True, padding=1, **kind)
+    )
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -605,21 +697,11 @@ def no_dense_attention(*args: object, **kwargs: object) -> tuple[torch.Tensor, t
     raise AssertionError("a CPU has its own")
 
 
-def test_only_plain_attention_is_computed() -> None:
-    case = make_case(page_for(K4V4, 64), [(20, 1)], [(0, 4)])
-    for change in ({"window": 4}, {"soft_cap": 30.0}, {"sinks": torch.zeros(4)}):
-        other = dataclasses.replace(case.attention, **change)
-        for run in (decode, prefill):
-            with pytest.raises(UnsupportedAttention):
-                run(case, other)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_scale_is_used(scale: float) -> None:
     case = make_case(page_for(K4V4, 64), [(20, 1)])
-    attention = Attention(scale)
-    want = reference.dense_attention(case.query, *case.stored(0, 20), torch.tensor([19]), attention)
-    assert relative_error(decode(case, attention), want.out) < TOLERANCE[torch.bfloat16]
+    case.attention = Attention(scale)
+    check_decode(case)
 
 
 def test_layers_with_other_tables_share_operations() -> None:
@@ -640,16 +722,18 @@ def test_layers_with_other_tables_share_operations() -> None:
 
 
 @pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4", "polarquant_lossless"])
-def test_warm_up_compiles_everything(preset: str) -> None:
+@pytest.mark.parametrize("from_pages", [False, True])
+def test_warm_up_compiles_everything(preset: str, from_pages: bool) -> None:
     from vllm_polarquant.kernels.cpu import read, write
 
     case = make_case(page_for(preset, 96, 48), [(40, 2)], [(40, 7)])
     ops = CpuOperations(case.shape)
-    ops.warm_up(case.page, case.tables, Attention(1.0), False)
+    ops.warm_up(case.page, case.tables, Attention(1.0), from_pages)
     loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes, write.take_away)
     compiled = [len(loop.signatures) for loop in loops]
     plan = ops.planner().plan(case.batch)
     ops.store(case.key, case.value, case.cache, torch.arange(9), case.tables, plan.segments)
+    case.attention = Attention(1.0, 30, 2.0, torch.zeros(4))
     decode(case)
     prefill(case)
     assert [len(loop.signatures) for loop in loops] == compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm_polarquant.attention import Attention
@@ -9,6 +10,9 @@ from vllm_polarquant.kernels.cpu import read
 from vllm_polarquant.kernels.cpu.threads import use_torch_threads
 from vllm_polarquant.kernels.cpu.vectors import LoopTables, open_cache, regions
 from vllm_polarquant.page import Page
+
+NO_WINDOW = 1 << 30
+"""Longer than any context."""
 
 
 def decode_attention(
@@ -29,7 +33,7 @@ def decode_attention(
     Args:
         query: [T, num_heads, d], the requests' tokens one after the other.
         cache: uint8 [B, kv heads, N, slot.nbytes]; the queries' own tokens are already in it.
-        block_table: int32 [R, max_blocks].
+        block_table: int32 [R, max_blocks]; entries of blocks before all windows of a request are not read.
         seq_lens: int32 [R], tokens of each request, its queries included; 0 for a padded row.
         query_start_loc: int32 [R + 1].
         page: of the cache.
@@ -37,13 +41,9 @@ def decode_attention(
         attention: of the layer.
         out: like query, written; rows of no request are left alone.
         starts: int32 [R], the first position of each request that its queries see; None for 0.
-        lse: float32 [num_heads, T], written likewise: the natural logarithm of the sum of exp, -inf where a
-            query sees nothing. Its output is then zeros.
-
-    Raises:
-        UnsupportedAttention: for all but a scale.
+        lse: float32 [num_heads, T], written likewise: the natural logarithm of the sum of exp, sinks
+            included, -inf where there is nothing. Outputs of queries that see no key are zeros.
     """
-    attention.require_plain()
     threads = use_torch_threads()
     requests, heads = len(seq_lens), cache.shape[1]
     tokens = int(query_start_loc[requests])
@@ -56,11 +56,15 @@ def decode_attention(
     key_region, value_region = regions(page)
     read.attend(
         rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(),
+        attention.window or NO_WINDOW, np.float32(attention.soft_cap or 0),
         block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.key.reader, key_region,
         tables.key.centres, tables.value.reader, value_region, split_out, split_max, split_sum,
     )  # fmt: skip
     merged, merged_lse = torch.empty_like(rotated), torch.empty(rotated.shape[1], tokens)
-    read.merge(split_out, split_max, split_sum, merged.numpy(), merged_lse.numpy())
+    sinks = attention.sinks
+    if sinks is None:
+        sinks = torch.full(rotated.shape[1:2], -torch.inf)
+    read.merge(split_out, split_max, split_sum, sinks.numpy(), merged.numpy(), merged_lse.numpy())
     out[:tokens] = tables.restore_outputs(merged)
     if lse is not None:
         lse[:, :tokens] = merged_lse

@@ -103,7 +103,6 @@ class CpuOperations(Operations):
         tables: Tables,
         out: torch.Tensor,
     ) -> None:
-        assert key is not None and value is not None
         batch = plan.batch
         page, loop_tables = page_of(cache, self.shape.slot), self._of(tables)
         starts = batch.query_start_loc_cpu[batch.num_decodes :].tolist()
@@ -112,8 +111,8 @@ class CpuOperations(Operations):
             if rows.start < rows.stop:
                 prefill_attention(
                     query[rows],
-                    key[rows],
-                    value[rows],
+                    None if key is None else key[rows],
+                    None if value is None else value[rows],
                     cache,
                     batch.block_table[batch.num_decodes + i],
                     context_len,
@@ -148,7 +147,8 @@ class CpuOperations(Operations):
         plan = self.planner().plan(batch)
         self.store(x, x, cache, torch.arange(3), tables, plan.segments)
         self.decode(query, cache, plan, attention, tables, out)
-        self.prefill(query, x, x, cache, plan, attention, tables, out)
+        chunk = None if from_pages else x
+        self.prefill(query, chunk, chunk, cache, plan, attention, tables, out)
 
     def reset(self) -> None:
         """Nothing: workspaces are made anew for each call."""

@@ -1,10 +1,11 @@
-"""Prefill attention: a chunk over itself, as given, and over its prefix, off the pages."""
+"""Prefill attention: a chunk over itself, as given or off the pages, and over its prefix, off the pages."""
 
 from __future__ import annotations
 
 import torch
 
 from vllm_polarquant.attention import Attention
+from vllm_polarquant.kernels.cpu.attend import NO_WINDOW
 from vllm_polarquant.kernels.cpu.read import gather
 from vllm_polarquant.kernels.cpu.threads import use_torch_threads
 from vllm_polarquant.kernels.cpu.vectors import LoopTables, open_cache, regions
@@ -12,12 +13,14 @@ from vllm_polarquant.page import Page
 
 SEGMENT_TOKENS = 4096
 """Tokens of a prefix that are decoded at a time."""
+_QUERIES = 128
+"""Queries that attend at a time where a window or a soft cap keeps torch from attending all at once."""
 
 
 def prefill_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
     cache: torch.Tensor,
     block_table: torch.Tensor,
     context_len: int,
@@ -27,60 +30,126 @@ def prefill_attention(
     out: torch.Tensor,
     segment_tokens: int = SEGMENT_TOKENS,
 ) -> None:
-    """One request's chunk: causal among its own fresh tokens, and all of them on the quantised prefix.
-
-    The prefix's segments are merged by log-sum-exp as they come, and rotated back once.
+    """One request's chunk: causal among its own tokens, and on the part of the prefix within its windows.
 
     Args:
-        query, key, value: the chunk's, [T, num_heads or kv heads, d].
+        query: the chunk's, [T, num_heads, d].
+        key, value: the chunk's, [T, kv heads, d], or None where they are to be read off the pages.
         cache: uint8 [B, kv heads, N, slot.nbytes].
-        block_table: int32 [max_blocks], this request's row.
+        block_table: int32 [max_blocks], this request's row; blocks before all windows are not read.
         context_len: tokens of the prefix.
         page: of the cache.
         tables: of the layer.
         attention: of the layer.
         out: like query, written.
         segment_tokens: tokens of the prefix to decode at a time.
-
-    Raises:
-        UnsupportedAttention: for all but a scale.
     """
-    attention.require_plain()
     use_torch_threads()
-    fresh, fresh_lse = _dense(query, key, value, attention.scale, causal=True)
-    if not context_len:
-        out.copy_(fresh)
-        return
-    heads = cache.shape[1]
-    rotated = tables.rotate_queries(query, heads).to(query.dtype)
+    heads, window = cache.shape[1], attention.window or NO_WINDOW
+    rotated = query
+    if context_len or key is None:
+        rotated = tables.rotate_queries(query, heads).to(query.dtype)
     (memory, blocks), row = open_cache(cache, page), block_table.numpy()
-    merged: tuple[torch.Tensor, torch.Tensor] | None = None
-    for start in range(0, context_len, segment_tokens):
-        n = min(segment_tokens, context_len - start)
-        segment = torch.empty(2, n, heads, page.slot.head_dim)
-        for into, side, region in zip(segment, (tables.key, tables.value), regions(page), strict=True):
+
+    def on_pages(queries: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first queries on stored tokens [start, end), in the model's basis; see _attend."""
+        stored = torch.empty(2, end - start, heads, page.slot.head_dim)
+        for into, side, region in zip(stored, (tables.key, tables.value), regions(page), strict=True):
             gather(row, start, memory, blocks, side.reader, region, side.centres, into.numpy())
-        part = _dense(rotated, segment[0], segment[1], attention.scale, causal=False)
-        merged = part if merged is None else _merge(*merged, *part)
-    assert merged is not None
-    prefix, prefix_lse = merged
-    out.copy_(_merge(fresh, fresh_lse, tables.restore_outputs(prefix.float()), prefix_lse)[0])
+        part, lse = _attend(rotated[:queries], stored[0], stored[1], context_len - start, attention)
+        return tables.restore_outputs(part.float()), lse
+
+    tokens = len(query)
+    if key is None or value is None:
+        attended, lse = on_pages(tokens, context_len, context_len + tokens)
+    else:
+        attended, lse = _attend(query, key, value, 0, attention)
+    first = max(0, context_len - window + 1)
+    # Backwards, so that whatever queries see of a segment, they have seen something before.
+    for end in range(context_len, first, -segment_tokens):
+        queries = min(tokens, end - 1 - context_len + window)
+        part = on_pages(queries, max(first, end - segment_tokens), end)
+        merged, lse[:queries] = _merge(attended[:queries], lse[:queries], *part)
+        attended = torch.cat([merged, attended[queries:].float()])
+    if attention.sinks is not None:
+        attended = attended * torch.sigmoid(lse - attention.sinks)[..., None]
+    out.copy_(attended)
 
 
-def _dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, attention: Attention
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention without sinks of queries of which each sees a key.
+
+    Query [T, Hq, d] number t sees keys of [n, H, d] up to number t + offset, or the last `window` of those.
+    out [T, Hq, d], log-sum-exp float32 [T, Hq].
+    """
+    tokens, length, window = len(query), len(key), attention.window or NO_WINDOW
+    if attention.soft_cap is None and tokens + offset <= window:
+        # In torch's causal attention the first query is aligned with the first key.
+        return _flash(query, key, value, attention.scale, causal=offset == 0)
+    outs, lses = [], []
+    for begin in range(0, tokens, _QUERIES):
+        end = min(begin + _QUERIES, tokens)
+        near = slice(max(0, begin + offset - window + 1), min(end + offset, length))
+        position = torch.arange(begin, end)[:, None] + offset
+        token = torch.arange(near.start, near.stop)
+        hidden = (token > position) | (token <= position - window)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        x = query[begin:end], key[near], value[near]
+        if attention.soft_cap is None:
+            part = _flash(*x, attention.scale, mask=mask)
+        else:
+            part = _capped(*x, attention.scale, attention.soft_cap, mask)
+        outs.append(part[0])
+        lses.append(part[1])
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Torch's CPU flash attention of one request, in query's dtype.
 
-    query [T, Hq, d], key and value [n, H, d] -> out [T, Hq, d], log-sum-exp float32 [T, Hq].
+    query [T, Hq, d], key and value [n, H, d], mask [T, n], added to logits -> out [T, Hq, d], log-sum-exp
+    float32 [T, Hq].
     """
     group = query.shape[1] // key.shape[1]
     q, k, v = (
         x.to(query.dtype).repeat_interleave(repeat, 1).transpose(0, 1)[None]
         for x, repeat in ((query, 1), (key, group), (value, group))
     )
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     return out[0].transpose(0, 1), lse[0].T
+
+
+def _capped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    mask: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _flash, with soft-capped logits, in float32: torch has no such operator."""
+    heads = key.shape[1]
+    # [kv heads, queries of the group, d]
+    q = query.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
+    logits = (q * (scale / soft_cap)).flatten(1, 2) @ key.float().permute(1, 2, 0)
+    logits = logits.tanh_().mul_(soft_cap).unflatten(1, q.shape[1:3]).add_(mask)
+    lse = logits.logsumexp(-1, keepdim=True)
+    out = logits.sub_(lse).exp_().flatten(1, 2) @ value.float().transpose(0, 1)
+    return (
+        out.view(q.shape).permute(2, 0, 1, 3).flatten(1, 2),
+        lse[..., 0].permute(2, 0, 1).flatten(1, 2),
+    )
 
 
 def _merge(

@@ -93,13 +93,14 @@ def _load_tile(codes, count, reader, points, tile):
 
 @njit(cache=True, parallel=True, fastmath=True)
 def attend(
-    query, query_start, seq_lens, starts, block_table, heads, memory, blocks, key, key_region, centres, value,
-    value_region, split_out, split_max, split_sum,
+    query, query_start, seq_lens, starts, window, soft_cap, block_table, heads, memory, blocks, key,
+    key_region, centres, value, value_region, split_out, split_max, split_sum,
 ):  # fmt: skip
     """Flash attention of one (request, kv head, split) a task, on rotated and scaled queries.
 
-    query f32 [T, Hq, d], starts i32 [R]. split_out f32 [splits, T, Hq, d], split_max and split_sum
-    [splits, T, Hq], are written for every query of every request.
+    query f32 [T, Hq, d], starts i32 [R], window int, soft_cap f32, 0 for none. split_out
+    f32 [splits, T, Hq, d], split_max and split_sum [splits, T, Hq], are written for every query of every
+    request.
     """
     requests = len(seq_lens)
     splits, _, query_heads, d = split_out.shape
@@ -112,9 +113,10 @@ def attend(
         head = task // splits % heads
         request = task // (splits * heads)
         length = seq_lens[request]
-        visible = max(starts[request], 0)
         first = query_start[request]
         count = query_start[request + 1] - first
+        # The earliest query's window. Blocks before it may be gone.
+        visible = max(starts[request], length - count + 1 - window, 0)
         rows = count * group
         for row in range(rows):
             token, member = first + row // group, head * group + row % group
@@ -167,9 +169,13 @@ def attend(
                 if some:
                     for t in range(step):
                         weights[row, t] += missing[row] if centred[t] else np.float32(0)
-                for t in range(min(visible - start, step)):
+                if soft_cap > 0:
+                    for t in range(step):
+                        weights[row, t] = soft_cap * math.tanh(weights[row, t] / soft_cap)
+                past = length - count + token + 1
+                for t in range(min(max(visible, past - window) - start, step)):
                     weights[row, t] = _NO_MASS
-                for t in range(max(0, length - count + token + 1 - start), step):
+                for t in range(max(0, past - start), step):
                     weights[row, t] = _NO_MASS
                 before = split_max[split, first + token, head * group + member]
                 top = before
@@ -214,16 +220,20 @@ def attend(
 
 
 @njit(cache=True, parallel=True)
-def merge(split_out, split_max, split_sum, out, lse):
-    """`attend`'s splits, each by its share of the softmax -> out f32 [T, Hq, d], lse f32 [Hq, T]."""
+def merge(split_out, split_max, split_sum, sinks, out, lse):
+    """`attend`'s splits and sinks, each by its share of the softmax -> out f32 [T, Hq, d], lse f32 [Hq, T].
+
+    sinks: f32 [Hq], -inf for none.
+    """
     splits, tokens, heads, d = split_out.shape
     for row in prange(tokens * heads):
         token, head = row // heads, row % heads
         merged = out[token, head]
         merged[:] = 0
-        top, total = _NO_MASS, np.float32(0)
+        top = max(_NO_MASS, sinks[head])
         for split in range(splits):
             top = max(top, split_max[split, token, head])
+        total = np.float32(math.exp(sinks[head] - top))
         for split in range(splits):
             share = np.float32(math.exp(split_max[split, token, head] - top))
             total += share * split_sum[split, token, head]
