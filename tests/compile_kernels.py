@@ -35,7 +35,7 @@ H200 = Gpu.of(torch.device("cpu"))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
     "query": "*bf16", "out": "*bf16", "cache": "*u8", "block_table": "*i32", "seq_lens": "*i32",
-    "query_start_loc": "*i32", "starts": "*i32", "lse": "*fp32", "mixing": "*fp32", "query_factors": "*fp32",
+    "query_start_loc": "*i32", "starts": "*i32", "sinks": "*fp32", "lse": "*fp32", "mixing": "*fp32", "query_factors": "*fp32",
     "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32", "key_lut": "*i32",
     "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16",
     "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
@@ -54,10 +54,10 @@ def decode_kernel(capability: int, page: Page, sets: int, plain: bool, centred: 
         "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ITEM_WORDS": decode.ITEM_WORDS, "ROW_BLOCKS": 1,
         "SETS": sets, "WARPS": launch.warps, "COPIES": 32 if capability in (80, 90) else 16,
         "ROTATE": is_hadamard(page.slot.head_dim), "CENTRES_PER_SEGMENT": 8 if centred else 0,
-        "PAGE": page_constants(page),
+        "SOFT_CAP": None if plain else 50.0, "PAGE": page_constants(page),
     }  # fmt: skip
     if plain:
-        constants |= {"starts": None, "lse": None}
+        constants |= {"window": None, "sinks": None, "lse": None}
     return decode._decode_kernel, constants, {"num_warps": launch.warps, "maxnreg": launch.registers}
 
 

@@ -139,12 +139,9 @@ class Batch:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     query: torch.Tensor
+    attention: Attention
 
-    @property
-    def attention(self) -> Attention:
-        return Attention(self.page.slot.head_dim**-0.5)
-
-    def reference(self, starts: torch.Tensor | None = None) -> reference.Attended:
+    def reference(self) -> reference.Attended:
         """What decode attention should compute."""
         return reference.attention(
             self.query,
@@ -155,8 +152,7 @@ class Batch:
             self.page,
             lane_order(self.page),
             self.attention,
-            starts,
-            self.tables,
+            tables=self.tables,
         )
 
 
@@ -171,10 +167,11 @@ def make_batch(
     layout: str = "LBHNC",
     padding: int = 0,
     centred: bool = False,
+    attention: Attention | None = None,
 ) -> Batch:
     """Store seq_lens[r] tokens for each request in scattered blocks; `padding` more query rows.
 
-    centred: with centred_tables and centred_keys.
+    centred: with centred_tables and centred_keys. attention: by default plain.
     """
     held = tables(page.slot, dtype, device)
     if centred:
@@ -206,4 +203,5 @@ def make_batch(
         torch.tensor(seq_lens, dtype=torch.int32, device=device),
         starts.to(device),
         torch.randn(tokens, heads * group, page.slot.head_dim, device=device).to(dtype),
+        attention or Attention(page.slot.head_dim**-0.5),
     )

@@ -28,7 +28,7 @@ from kernel_cases import (
 )
 
 from vllm_polarquant import reference
-from vllm_polarquant.attention import Attention, UnsupportedAttention
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import (
     decode_radius,
     encode_radius,
@@ -76,9 +76,7 @@ def workspace_for(batch: Batch, max_query_len: int, num_sms: int = 8) -> DecodeW
     return workspace
 
 
-def schedule_for(
-    batch: Batch, max_query_len: int, num_sms: int = 8, starts: torch.Tensor | None = None
-) -> Schedule:
+def schedule_for(batch: Batch, max_query_len: int, num_sms: int = 8) -> Schedule:
     """A schedule planned for the batch."""
     schedule = make_schedule(
         batch.page.slot,
@@ -92,7 +90,7 @@ def schedule_for(
     schedule.first.fill_(-1)
     schedule.items.fill_(-1)
     schedule.begin.fill_(-1)
-    plan(batch.seq_lens, batch.query_start_loc, schedule, starts)
+    plan(batch.seq_lens, batch.query_start_loc, schedule, batch.attention.window)
     return schedule
 
 
@@ -101,7 +99,6 @@ def run_decode(
     max_query_len: int,
     schedule: Schedule | None = None,
     num_sms: int = 8,
-    starts: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.full_like(batch.query, NAN)
@@ -119,8 +116,7 @@ def run_decode(
         batch.tables,
         out,
         workspace,
-        schedule or schedule_for(batch, max_query_len, num_sms, starts),
-        starts,
+        schedule or schedule_for(batch, max_query_len, num_sms),
         lse,
     )
     assert (workspace.arrived == 0).all(), "the next launch would merge too early"
@@ -478,28 +474,122 @@ def test_decode_of_tiny_and_huge_values(size, dtype, device):
     assert error < attention_tolerance(dtype, device) * want.norm() + slack
 
 
-@pytest.mark.parametrize("num_sms", [1, 8])
-@pytest.mark.parametrize(("preset", "head_dim"), [(K4V4, 64), (LOSSLESS, 64), ("polarquant_k3v2", 80)])
-def test_decode_from_a_token_of_each_request_on(preset, head_dim, num_sms, device):
-    """Starts inside a chunk, at its edge, in the last token and past the end; blocks before are not read."""
-    page = page_for(preset, head_dim)
-    lens, starts = [300, 64, 50, 33, 20, 0, 290], [37, 48, 49, 33, 40, 0, 0]
-    queries = [1, 2, 1, 1, 1, 1, 3]
-    batch = make_batch(page, lens, queries, torch.float16, device, 1, 2, padding=2)
-    first = torch.tensor(starts, dtype=torch.int32, device=device)
-    want = batch.reference(first)
-    for row, start in enumerate(starts):
-        batch.block_table[row, : start // 16] = OUT_OF_RANGE_BLOCK
-    lse = torch.full((2, len(batch.query)), NAN, device=device)
-    out = run_decode(batch, 3, num_sms=num_sms, starts=first, lse=lse)
-    owned = sum(queries)
-    assert relative_error(out[:owned], want.out[:owned]) < attention_tolerance(torch.float16, device)
+def sinks_for(heads: int, device: torch.device) -> torch.Tensor:
+    """Sinks with more, about as much and less weight than everything else, and one without any."""
+    return torch.tensor([12.0, 3.0, -2.0, -60.0], device=device).repeat(heads)[:heads]
+
+
+KINDS = {
+    "all": dict(window=37, soft_cap=20.0, sinks=True),
+    "window": dict(window=37),
+    "cap": dict(soft_cap=1.5),
+    "sinks": dict(sinks=True),
+}
+"""Of attention. The soft cap of 1.5 takes half of what most logits are."""
+
+
+def attention_of(kind: str, head_dim: int, num_heads: int, device: torch.device) -> Attention:
+    chosen = dict(KINDS[kind])
+    if chosen.get("sinks"):
+        chosen["sinks"] = sinks_for(num_heads, device)
+    return Attention(head_dim**-0.5, **chosen)
+
+
+def check_kind(batch: Batch, max_query_len: int, num_sms: int = 8) -> None:
+    """Outputs and log-sum-exps against the reference; blocks that nobody sees are out of range."""
+    want, window = batch.reference(), batch.attention.window
+    counts = batch.query_start_loc.diff().tolist()
+    if window is not None:
+        for row, (length, count) in enumerate(zip(batch.seq_lens.tolist(), counts, strict=True)):
+            unseen = max(length - count - window + 1, 0) // batch.page.block_size
+            batch.block_table[row, :unseen] = OUT_OF_RANGE_BLOCK
+    lse = torch.full(batch.query.shape[1::-1], NAN, device=batch.query.device)
+    out = run_decode(batch, max_query_len, num_sms=num_sms, lse=lse)
+    owned = sum(counts)
+    # With centres, logits are sums of two products of rounded queries.
+    slack = 2 if len(batch.tables.centres) > 1 else 1
+    tolerance = slack * attention_tolerance(batch.query.dtype, batch.query.device)
+    assert relative_error(out[:owned], want.out[:owned]) < tolerance
     assert (out[owned:] == 7).all()
     assert lse[:, owned:].isnan().all()
-    seen = want.lse[:, :owned] > float("-inf")
-    assert torch.equal(lse[:, :owned] > float("-inf"), seen)
-    assert (seen.sum(1) == 7).all(), "requests 3 to 5 see nothing"
-    torch.testing.assert_close(lse[:, :owned][seen].double(), want.lse[:, :owned][seen], atol=3e-3, rtol=1e-3)
+    some = torch.cat([length.expand(count) > 0 for length, count in zip(batch.seq_lens, counts, strict=True)])
+    lse_atol = 3e-3 if batch.query.dtype == torch.float16 else 3e-2
+    have, expected = lse[:, :owned].double(), want.lse[:, :owned]
+    torch.testing.assert_close(have[:, some], expected[:, some], atol=slack * lse_atol, rtol=1e-3)
+    sinks = batch.attention.sinks
+    empty = torch.full((len(lse),), -float("inf")) if sinks is None else sinks.cpu()
+    assert (
+        (have[:, ~some].cpu() == empty.double()[:, None])
+        .logical_or((have[:, ~some].cpu() - empty.double()[:, None]).abs() < 1e-5)
+        .all()
+    ), "where nothing is seen, the sinks are all there is"
+    assert (out[:owned][~some] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "num_sms"), [(kind, 8) for kind in KINDS] + [("all", 1), ("sinks", 1)])
+def test_decode_of_every_kind(kind, num_sms, device):
+    """Windows that begin inside a chunk and at its edge, that cover a request, and an empty request."""
+    attention = attention_of(kind, 64, 4, device)
+    batch = make_batch(
+        page_for(K4V4, 64), [150, 53, 20, 0, 140], [1, 2, 1, 1, 3], torch.float16, device, 1, 4, padding=2,
+        attention=attention,
+    )  # fmt: skip
+    check_kind(batch, 3, num_sms)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "block_size", "dtype", "centred"),
+    [
+        ("polarquant_k3.5v3.5", 64, 48, torch.bfloat16, True),
+        ("polarquant_k8v4", 64, 16, torch.bfloat16, False),
+        ("polarquant_k3v2", 80, 32, torch.float16, False),
+        (LOSSLESS, 64, 16, torch.float16, False),
+        (K4V4, 128, 16, torch.bfloat16, True),
+        (K4V4, 256, 16, torch.float16, True),
+    ],
+)
+def test_decode_of_every_kind_and_format(preset, head_dim, block_size, dtype, centred, kind, device):
+    if device.type == "cpu" and (kind != "all" or head_dim > 80):
+        pytest.skip("only a GPU is fast enough for every kind and format")
+    attention = attention_of(kind, head_dim, 4, device)
+    page = page_for(preset, head_dim, block_size)
+    batch = make_batch(
+        page, [140, 17], [3, 1], dtype, device, 2, 2, "BLNHC", centred=centred, attention=attention
+    )
+    check_kind(batch, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "queries"), [(1, 4), (2, 16), (129, 9), (5000, 4)])
+def test_decode_of_windows_of_any_size(window, queries, device):
+    """Narrower than a request's queries, wider than a tile of all warps, never biting."""
+    attention = Attention(0.125, window=window)
+    lens = [queries, 180 + queries]
+    batch = make_batch(
+        page_for(K4V4, 64), lens, [queries] * 2, torch.float16, device, 1, 2, attention=attention
+    )
+    check_kind(batch, queries, num_sms=1)
+
+
+@pytest.mark.parametrize("planned", [[40, 20, 900], [900, 400, 17]])
+def test_windows_stay_right_where_lengths_changed_after_planning(planned, device):
+    attention = Attention(0.125, window=70)
+    batch = make_batch(
+        page_for(K4V4, 64), [300, 129, 64], [1, 1, 1], torch.float16, device, 1, attention=attention
+    )
+    stale = replace(batch, seq_lens=torch.tensor(planned, dtype=torch.int32, device=device))
+    out = run_decode(batch, 1, schedule_for(stale, 1))
+    assert relative_error(out, batch.reference().out) < attention_tolerance(torch.float16, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_caps_of_huge_logits(dtype, device):
+    """Logits of some hundreds either way, all of which the cap takes to its ends."""
+    attention = Attention(4.0, soft_cap=2.0)
+    batch = make_batch(page_for(LOSSLESS, 64), [90], [1], dtype, device, 1, 8, attention=attention)
+    check_decode(replace(batch, query=16 * batch.query), 1)
 
 
 @pytest.mark.parametrize("num_sms", [1, 8])
@@ -634,9 +724,7 @@ def test_launchers_name_what_is_wrong(device):
         with pytest.raises(ValueError, match=message):
             store_kv(**good | change, page=page, tables=batch.tables)
 
-    def decode_with(
-        max_query_len=1, workspace=None, schedule=None, attention=None, starts=None, lse=None, **change
-    ):
+    def decode_with(max_query_len=1, workspace=None, schedule=None, lse=None, **change):
         changed = replace(batch, **change)
         decode_attention(
             changed.query,
@@ -646,12 +734,11 @@ def test_launchers_name_what_is_wrong(device):
             changed.query_start_loc,
             max_query_len,
             page,
-            attention or Attention(1.0),
+            changed.attention,
             changed.tables,
             torch.empty_like(batch.query),
             workspace or workspace_for(batch, 1),
             schedule or schedule_for(batch, 1),
-            starts,
             lse,
         )
 
@@ -664,7 +751,10 @@ def test_launchers_name_what_is_wrong(device):
         (lambda: decode_with(block_table=batch.block_table.long()), "block_table must be"),
         (lambda: decode_with(query_start_loc=batch.seq_lens), "query_start_loc must be"),
         (lambda: decode_with(query=batch.query[:, :3]), "out must be"),
-        (lambda: decode_with(starts=batch.seq_lens.long()), "starts must be torch.int32"),
+        (
+            lambda: decode_with(attention=Attention(1.0, sinks=torch.zeros(3, device=device))),
+            r"sinks must be dense float32 \[4\]",
+        ),
         (lambda: decode_with(lse=torch.zeros(1, 4, device=device)), r"lse must be float32 \[4, 1\]"),
         (
             lambda: decode_with(tables=batch.tables._replace(query_factors=torch.ones(3, 64, device=device))),
@@ -682,33 +772,6 @@ def test_launchers_name_what_is_wrong(device):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ({"window": 8}, "a sliding window"),
-        ({"soft_cap": 30.0}, "soft-capped logits"),
-        ({"sinks": torch.zeros(4)}, "attention sinks"),
-    ],
-)
-def test_decode_refuses_what_it_does_not_compute(kind, name, device):
-    batch = make_batch(page_for(K4V4, 64), [20], [1], torch.float16, device)
-    with pytest.raises(UnsupportedAttention, match=name):
-        decode_attention(
-            batch.query,
-            batch.cache,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            1,
-            batch.page,
-            Attention(1.0, **kind),
-            batch.tables,
-            torch.empty_like(batch.query),
-            workspace_for(batch, 1),
-            schedule_for(batch, 1),
-        )
 
 
 @pytest.mark.gpu
@@ -736,6 +799,7 @@ def test_offsets_past_two_gigabytes(device):
         torch.tensor([64], dtype=torch.int32, device=device),
         torch.tensor([0, 1], dtype=torch.int32, device=device),
         query,
+        Attention(128**-0.5),
     )
     near = replace(batch, cache=small, block_table=batch.block_table - (blocks - 4))
     assert torch.equal(run_decode(batch, 1), run_decode(near, 1))

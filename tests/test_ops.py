@@ -17,8 +17,9 @@ from kernel_cases import (
 )
 
 from vllm_polarquant import reference
-from vllm_polarquant.attention import Attention, UnsupportedAttention
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
+from vllm_polarquant.format import LOSSLESS
 from vllm_polarquant.kernels.ops import Batch, LayerShape, Limits
 from vllm_polarquant.kernels.triton.launch import Gpu
 from vllm_polarquant.kernels.triton.ops import ShortPrefills, TritonOperations, TritonPlan
@@ -32,7 +33,18 @@ GOLDEN = Path(__file__).with_name("golden_lanes.hex")
 
 
 def dense_attention(
-    query, key, value, query_start_loc, max_query_len, key_start_loc, max_key_len, scale, causal, out=None
+    query,
+    key,
+    value,
+    query_start_loc,
+    max_query_len,
+    key_start_loc,
+    max_key_len,
+    scale,
+    causal,
+    out=None,
+    left=None,
+    soft_cap=None,
 ):
     """kernels.ops.DenseAttention in float64; its bounds are checked, as FlashAttention trusts them."""
     result = torch.full_like(query, float("nan")) if out is None else out
@@ -47,17 +59,30 @@ def dense_attention(
         assert length <= max_key_len
         if not count or not length:
             continue
-        last = torch.arange(length - count, length) if causal else torch.full((count,), length)
-        attended = reference.dense_attention(
-            query[rows], key[tokens], value[tokens], last.to(query.device), Attention(scale)
-        )
-        result[rows], lse[:, rows] = attended.out.to(query.dtype), attended.lse.float()
+        attention = Attention(scale, soft_cap=soft_cap)
+        # FlashAttention 2 hides the last keys from the first of more queries than keys.
+        assert causal or left is None or count <= length
+        for i in range(count) if left is not None else [slice(None)]:
+            aligned = torch.arange(length - count, length, device=query.device)[i].reshape(-1)
+            attended = reference.dense_attention(
+                query[rows][i].reshape(-1, *query.shape[1:]),
+                key[tokens],
+                value[tokens],
+                aligned if causal else torch.full_like(aligned, length),
+                attention,
+                0 if left is None else max(int(aligned) - left, 0),
+            )
+            result[rows][i] = attended.out.to(query.dtype).view(result[rows][i].shape)
+            lse[:, rows][:, i] = attended.lse.float().view(lse[:, rows][:, i].shape)
     return result, lse
 
 
 @dataclass
 class Case:
-    """A batch, its new keys and values, and what attention to stored prefixes and given chunks should be."""
+    """A batch, its new keys and values, and what attention to stored prefixes and given chunks should be.
+
+    from_pages: whether chunks, too, are read as they are stored.
+    """
 
     ops: TritonOperations
     page: Page
@@ -67,17 +92,23 @@ class Case:
     key: torch.Tensor
     value: torch.Tensor
     want: torch.Tensor
+    attention: Attention
+    from_pages: bool
 
     def run(self) -> tuple[TritonPlan, torch.Tensor]:
-        plan = self.ops.planner().plan(self.batch)
-        attention = Attention(self.page.slot.head_dim**-0.5)
+        planner = self.ops.planner([None, self.attention.window])
+        plan = planner.plan(self.batch)
         constants = tables(self.page.slot, self.query.dtype, self.query.device)
         out = torch.full_like(self.query, float("nan"))
         if self.batch.num_decodes:
-            self.ops.decode(self.query, self.cache, plan, attention, constants, out)
+            self.ops.decode(self.query, self.cache, plan, self.attention, constants, out)
         if self.batch.num_prefills:
-            self.ops.prefill(self.query, self.key, self.value, self.cache, plan, attention, constants, out)
+            key, value = (None, None) if self.from_pages else (self.key, self.value)
+            self.ops.prefill(self.query, key, value, self.cache, plan, self.attention, constants, out)
         return plan, out
+
+    def prefills(self, plan: TritonPlan) -> ShortPrefills | PrefixPlan:
+        return plan.prefills[self.attention.window]
 
 
 def make_case(
@@ -87,8 +118,13 @@ def make_case(
     device: torch.device,
     dtype: torch.dtype = torch.float16,
     prefix_tokens: int = 48,
+    attention: Attention | None = None,
+    from_pages: bool = False,
 ) -> Case:
-    """Requests of (context, query) tokens; what is new is in the pages too, as store has written it."""
+    """Requests of (context, query) tokens; what is new is in the pages too, as store has written it.
+
+    Blocks before a window are out of range.
+    """
     requests = decodes + prefills
     order, slot = lane_order(page), page.slot
     dim = slot.head_dim
@@ -97,7 +133,7 @@ def make_case(
     cache = empty_cache(page, 1 + sum(needed), HEADS, device)
     shuffled = (torch.randperm(sum(needed)) + 1).tolist()
     table = torch.full((len(requests), max(needed) + 1), OUT_OF_RANGE_BLOCK, dtype=torch.int32, device=device)
-    attention = Attention(dim**-0.5)
+    attention = attention or Attention(dim**-0.5)
     queries, keys, values, wants = [], [], [], []
     for row, ((context, count), blocks) in enumerate(zip(requests, needed, strict=True)):
         mine = torch.tensor([shuffled.pop() for _ in range(blocks)], device=device)
@@ -108,7 +144,9 @@ def make_case(
         query = torch.randn(count, HEADS * GROUP, dim, device=device).to(dtype)
         reference.store_kv(key, value, cache, slots, page, order)
         stored = reference.read_kv(cache, table[row], context + count, page, order, dtype)
-        if row >= len(decodes) and not (context and count <= 16):
+        if attention.window is not None:
+            table[row, : max(context - attention.window + 1, 0) // page.block_size] = OUT_OF_RANGE_BLOCK
+        if row >= len(decodes) and not (from_pages or (context and count <= 16)):
             # Prefills read their own chunk as it was given.
             stored = [
                 torch.cat([old[:context], x[context:]]) for old, x in zip(stored, (key, value), strict=True)
@@ -137,7 +175,10 @@ def make_case(
         replace(Gpu.of(device), num_sms=4),
         prefix_tokens,
     )
-    return Case(ops, page, cache, batch, *map(torch.cat, (queries, keys, values, wants)))
+    if from_pages:
+        ops.reserve_chunks(sum(count for _, count in prefills))
+    given = map(torch.cat, (queries, keys, values, wants))
+    return Case(ops, page, cache, batch, *given, attention, from_pages)
 
 
 def check(case: Case) -> TritonPlan:
@@ -157,8 +198,8 @@ def test_prefill_of_prefixes_in_segments(preset, head_dim, dtype, device):
     prefills = [(37, 20), (0, 5), (150, 33), (1, 18)]
     case = make_case(page_for(preset, head_dim), [], prefills, device, dtype)
     plan = check(case)
-    assert isinstance(plan.prefills, PrefixPlan)
-    assert len(plan.prefills.segments) == 4
+    assert isinstance(case.prefills(plan), PrefixPlan)
+    assert len(case.prefills(plan).segments) == 4
 
 
 def test_prefill_without_prefixes_reads_no_pages(device):
@@ -170,12 +211,83 @@ def test_prefill_without_prefixes_reads_no_pages(device):
 def test_a_mixed_batch(device):
     """Decodes with several queries, then prefills with and without a prefix."""
     case = make_case(page_for(K4V4, 64, 32), [(70, 3), (20, 3)], [(33, 21), (0, 9)], device)
-    assert isinstance(check(case).prefills, PrefixPlan)
+    assert isinstance(case.prefills(check(case)), PrefixPlan)
 
 
 def test_short_chunks_are_read_like_decodes(device):
     case = make_case(page_for(K4V4, 64), [(40, 1)], [(65, 16), (3, 2)], device)
-    assert isinstance(check(case).prefills, ShortPrefills)
+    assert isinstance(case.prefills(check(case)), ShortPrefills)
+
+
+def attention_of(kind: str, device: torch.device, head_dim: int = 64) -> Attention:
+    sinks = torch.tensor([8.0, 2.0, -1.0, -60.0], device=device)
+    return {
+        "plain": Attention(head_dim**-0.5),
+        "window": Attention(head_dim**-0.5, window=40),
+        "all": Attention(head_dim**-0.5, window=40, soft_cap=5.0, sinks=sinks),
+        "narrow": Attention(head_dim**-0.5, window=1, sinks=sinks),
+        "wide": Attention(head_dim**-0.5, window=1000, soft_cap=5.0),
+    }[kind]
+
+
+PREFILLS = [(37, 60), (0, 50), (150, 33), (1, 18), (39, 17)]
+"""Contexts shorter than a window and longer, chunks that leave it and chunks that do not."""
+
+
+@pytest.mark.parametrize("kind", ["all", "narrow", "wide"])
+@pytest.mark.parametrize("from_pages", [True, False])
+def test_prefill_of_every_kind(from_pages, kind, device):
+    page, attention = page_for(K4V4, 64), attention_of(kind, device)
+    case = make_case(page, [(70, 1)], PREFILLS, device, torch.float16, 24, attention, from_pages)
+    check(case)
+
+
+@pytest.mark.parametrize("kind", ["all", "plain"])
+@pytest.mark.parametrize(
+    ("preset", "head_dim", "dtype"),
+    [
+        ("polarquant_k3v2", 80, torch.float16),
+        (LOSSLESS, 64, torch.float16),
+        (LOSSLESS, 80, torch.bfloat16),
+        ("polarquant_k8v4", 128, torch.bfloat16),
+    ],
+)
+def test_chunks_are_read_off_the_pages(preset, head_dim, dtype, kind, device):
+    if device.type == "cpu" and head_dim == 128:
+        pytest.skip("only a GPU is fast enough for every format")
+    attention = attention_of(kind, device, head_dim)
+    case = make_case(
+        page_for(preset, head_dim, 32), [], PREFILLS[1:4], device, dtype, attention=attention, from_pages=True
+    )
+    case.key.fill_(float("nan"))
+    check(case)
+
+
+def test_short_chunks_of_every_kind_are_read_like_decodes(device):
+    attention = attention_of("all", device)
+    case = make_case(page_for(K4V4, 64), [(40, 1)], [(65, 16), (3, 2)], device, attention=attention)
+    assert isinstance(case.prefills(check(case)), ShortPrefills)
+
+
+def test_chunks_need_room_to_be_read_off_the_pages(device):
+    case = make_case(page_for(K4V4, 64), [], [(0, 20)], device, prefix_tokens=19)
+    case.from_pages = True
+    with pytest.raises(ValueError, match="the workspace is for 19 tokens, but chunks of 20"):
+        case.run()
+    case.ops.reserve_chunks(20)
+    assert case.ops.prefix_workspace.tokens == 20
+
+
+def test_slots_that_a_batch_is_padded_with_are_dropped(device):
+    case = make_case(page_for(K4V4, 64), [(20, 1)], [], device)
+    plan = case.ops.planner().plan(case.batch)
+    count = len(plan.segments) + 3
+    key = case.key[:1].repeat(count, 1, 1)
+    slots = torch.full((count,), -1, dtype=torch.int64, device=device)
+    before = case.cache.clone()
+    constants = tables(case.page.slot, key.dtype, device, HEADS, 2)
+    case.ops.store(key, key, case.cache, slots, constants, plan.segments)
+    assert torch.equal(case.cache, before)
 
 
 def test_rows_of_no_request_are_left_alone(device):
@@ -190,23 +302,16 @@ def test_rows_of_no_request_are_left_alone(device):
 
 
 def test_what_serving_calls_can_be_compiled_beforehand(device):
-    case = make_case(page_for(K4V4, 64), [(20, 1)], [(30, 20)], device)
     if device.type == "cpu":
         pytest.skip("the interpreter has nothing to compile, and many rows take it minutes")
-    case.ops.warm_up(case.page, tables(case.page.slot, case.query.dtype, device), Attention(1.0), False)
-    check(case)
-
-
-def test_the_operations_refuse_what_kernels_do_not_compute(device):
-    case = make_case(page_for(K4V4, 64), [(20, 1)], [(0, 20)], device)
-    plan = case.ops.planner().plan(case.batch)
-    constants = tables(case.page.slot, case.query.dtype, device)
-    out = torch.empty_like(case.query)
-    window = Attention(1.0, window=8)
-    with pytest.raises(UnsupportedAttention, match="a sliding window"):
-        case.ops.decode(case.query, case.cache, plan, window, constants, out)
-    with pytest.raises(UnsupportedAttention, match="a sliding window"):
-        case.ops.prefill(case.query, case.key, case.value, case.cache, plan, window, constants, out)
+    for kind, from_pages in (("plain", False), ("all", True)):
+        attention = attention_of(kind, device)
+        case = make_case(
+            page_for(K4V4, 64), [(20, 1)], [(30, 20)], device, attention=attention, from_pages=from_pages
+        )
+        constants = tables(case.page.slot, case.query.dtype, device)
+        case.ops.warm_up(case.page, constants, attention, from_pages)
+        check(case)
 
 
 def test_more_query_tokens_a_decode_than_kernels_take_are_refused(device):

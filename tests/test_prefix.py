@@ -69,3 +69,38 @@ def test_few_tokens_after_prefixes_are_read_like_decodes(
     starts: list[int], contexts: list[int], expected: bool
 ) -> None:
     assert reads_like_decodes(np.array(starts), np.array(contexts), 16, 40) is expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=4),
+    capacity=st.integers(1, 40),
+    window=st.integers(1, 80),
+)
+def test_every_query_sees_its_window_of_the_prefix_once(
+    requests: list[tuple[int, int]], capacity: int, window: int
+) -> None:
+    contexts, queries = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    plan = plan_prefixes(starts, contexts, capacity, CPU, window)
+    assert plan.context_lens.tolist() == contexts.tolist()
+    seen: list[list[int]] = [[] for _ in range(int(starts[-1]))]
+    for segment in plan.segments:
+        assert segment.last == segment.first + 1
+        count, tokens = segment.max_query_len, segment.tokens
+        assert segment.query_start_loc.tolist() == [0, count]
+        assert segment.key_start_loc.tolist() == [0, tokens]
+        assert segment.max_key_len == tokens <= capacity
+        assert segment.left is None or count <= tokens
+        assert int(starts[segment.first]) <= segment.rows.start
+        assert segment.rows.stop - segment.rows.start == count
+        for i, row in enumerate(range(segment.rows.start, segment.rows.stop)):
+            first = 0 if segment.left is None else max(i + tokens - count - segment.left, 0)
+            start = int(segment.start[0])
+            seen[row] += range(start + first, start + tokens)
+    want = [
+        list(range(max(context + i - window + 1, 0), context))
+        for context, count in requests
+        for i in range(count)
+    ]
+    assert seen == want

@@ -22,7 +22,7 @@ def shares(
     queries: list[int],
     programs: int,
     device: torch.device,
-    first_tokens: list[int] | None = None,
+    window: int | None = None,
 ) -> list[int]:
     """What each program has to do, in tiles, of a schedule that covers all requests once."""
     # Room for more requests than there are, as in an engine.
@@ -32,11 +32,10 @@ def shares(
     schedule.begin.fill_(-7)
     starts = torch.tensor([0, *queries], device=device).cumsum(0).to(torch.int32)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    if first_tokens is None:
-        plan(seq_lens, starts, schedule)
-    else:
-        plan(seq_lens, starts, schedule, torch.tensor(first_tokens, dtype=torch.int32, device=device))
-        lengths = [max(0, n - first // 16 * 16) for n, first in zip(lengths, first_tokens, strict=True)]
+    plan(seq_lens, starts, schedule, window)
+    if window is not None:
+        first_seen = [max(0, n - count - window + 1) for n, count in zip(lengths, queries, strict=True)]
+        lengths = [n - first // 16 * 16 for n, first in zip(lengths, first_seen, strict=True)]
     first, items = schedule.first.tolist(), schedule.items.tolist()
     assert first[0] == 0
     for program, words in enumerate(schedule.begin.tolist()):
@@ -105,8 +104,7 @@ def test_requests_without_queries_cost_nothing(device):
     assert max(work) == 16 + ITEM_COST
 
 
-def test_what_lies_before_the_first_token_costs_nothing(device):
-    """As of a sliding window: shares follow what is read."""
-    work = shares([16384] * 8, [1] * 8, 33, device, [16384 - 1024 - 5] * 8)
+def test_what_lies_before_a_window_costs_nothing(device):
+    work = shares([16384] * 8, [1] * 8, 33, device, 1024 + 5)
     assert max(work) == 3 + ITEM_COST
-    shares([50, 700, 16384, 30], [1, 1, 2, 1], 33, device, [49, 0, 16383, 40])
+    shares([50, 700, 16384, 0, 40], [1, 1, 16, 1, 0], 33, device, 300)

@@ -24,6 +24,8 @@ def flash_attention(head_dim: int) -> DenseAttention:
         scale: float,
         causal: bool,
         out: torch.Tensor | None = None,
+        left: int | None = None,
+        soft_cap: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended: tuple[torch.Tensor, torch.Tensor] = flash_attn_varlen_func(
             q=query,
@@ -35,6 +37,8 @@ def flash_attention(head_dim: int) -> DenseAttention:
             cu_seqlens_k=key_start_loc,
             softmax_scale=scale,
             causal=causal,
+            window_size=None if left is None else [left, 0 if causal else -1],
+            softcap=soft_cap or 0.0,
             return_softmax_lse=True,
             out=out,
             fa_version=version,

@@ -37,6 +37,8 @@ def dense_torch(
     scale: float,
     causal: bool,
     out: torch.Tensor | None = None,
+    left: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`DenseAttention` in plain torch, in float32."""
     out = torch.empty_like(query) if out is None else out
@@ -49,9 +51,14 @@ def dense_torch(
             "qhd,khd->hqk", query[mine].float(), key[theirs].float().repeat_interleave(group, 1)
         )
         logits = logits * scale
+        if soft_cap is not None:
+            logits = soft_cap * (logits / soft_cap).tanh()
+        token = torch.arange(logits.shape[2], device=query.device)
+        aligned = token.new_tensor(range(len(token) - logits.shape[1], len(token)))[:, None]
         if causal:
-            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=query.device)
-            logits = logits.masked_fill(hidden.triu(1 + hidden.shape[1] - hidden.shape[0]), float("-inf"))
+            logits = logits.masked_fill(token > aligned, float("-inf"))
+        if left is not None:
+            logits = logits.masked_fill(token < aligned - left, float("-inf"))
         lse[:, mine] = logits.logsumexp(-1)
         seen = value[theirs].float().repeat_interleave(group, 1)
         out[mine] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), seen).to(out.dtype)

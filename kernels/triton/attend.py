@@ -7,6 +7,8 @@ the weights, which one transpose of a small matrix brings to the lanes that add 
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -41,6 +43,8 @@ from vllm_polarquant.kernels.triton.page_io import (
 SEGMENT_CHUNKS = tl.constexpr(SEGMENT // 16)
 """Chunks of 16 tokens in a segment."""
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+
 _MARGIN = tl.constexpr(8.0)
 """Powers of two by which a logit may be above its row's maximum without rescaling what the row has summed."""
 
@@ -59,12 +63,19 @@ def _fetch(page, slot, group, member, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _inside(token, first_seen, end, FROM_START: tl.constexpr):
-    """Whether first_seen <= token < end; of the first only, if FROM_START."""
-    if FROM_START:
-        return token < end
+def _inside(token, end, span, BOUNDED: tl.constexpr):
+    """Whether token < end, and, if BOUNDED, one of the last `span` before it."""
+    if BOUNDED:
+        return (token < end) & (token >= end - span)
     else:
-        return (token < end) & (token >= first_seen)
+        return token < end
+
+
+@triton.jit
+def _soft_cap(score, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP) of logits x, both as powers of two: as exp2 gives tanh, it ends at -CAP and CAP."""
+    TOP: tl.constexpr = CAP * LOG2_E
+    return TOP - (2 * TOP) / (tl.exp2(score * (2 / CAP)) + 1)
 
 
 @triton.jit
@@ -73,8 +84,8 @@ def _attend(
     query,
     state,
     limits,
+    spans,
     token,
-    first_seen,
     scale_log2,
     bonuses,
     key_lut,
@@ -83,7 +94,8 @@ def _attend(
     SETS: tl.constexpr,
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
-    FROM_START: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     PAGE: tl.constexpr,
     COPIES: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -95,9 +107,9 @@ def _attend(
     state: for each set the largest logit so far of query t, the sum of its weights that this lane has seen,
     and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the position before which query t may see tokens, then that before which tokens are
-    stored.
+    stored; only if MASKED. spans: how many before it, of a query and of any query, if BOUNDED too.
     bonuses: for each set what a key's centre adds to its logit for query t, in powers of two, if CENTRED.
-    token: position of the first of the 16. first_seen: the first position that is seen, unless FROM_START.
+    token: position of the first of the 16.
     """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
@@ -133,8 +145,10 @@ def _attend(
             score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
             if CENTRED:
                 score += tl.where(is_centred(stored[half]), bonuses[k], 0.0)
+            if SOFT_CAP is not None:
+                score = _soft_cap(score, SOFT_CAP)
             if MASKED:
-                seen = _inside(key_token + 8 * half, first_seen, limits[k], FROM_START)
+                seen = _inside(key_token + 8 * half, limits[k], spans[0], BOUNDED)
                 score = tl.where(seen, score, float("-inf"))
             scores = scores + (score,)
         if tl.float16 == DTYPE:
@@ -159,7 +173,7 @@ def _attend(
             total += weight
             value_radius = radius[2 * half + 1]
             if MASKED:
-                known = _inside(key_token + 8 * half, first_seen, limits[SETS], FROM_START)
+                known = _inside(key_token + 8 * half, limits[SETS], spans[1], BOUNDED)
                 value_radius = tl.where(known, value_radius, 0.0)
             scaled_weight = weight * value_radius
             # From a token's lanes to a query's. Even columns weigh the xs of pairs, odd ones the ys.
@@ -184,7 +198,7 @@ def _attend(
             if MASKED and VALUES.code == RAW:
                 # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
                 own_token = token + 2 * (lane % 4) + (8 * half + i % 2)
-                both = tl.where(_inside(own_token, first_seen, limits[SETS], FROM_START), both, 0)
+                both = tl.where(_inside(own_token, limits[SETS], spans[1], BOUNDED), both, 0)
             a = a + (both,)
         for k in tl.static_range(SETS):
             b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
@@ -312,7 +326,7 @@ def read(
     block_stride,
     table,
     seq_len,
-    first_seen,
+    window,
     first_token,
     count,
     first_row,
@@ -328,14 +342,14 @@ def read(
     SETS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
-    FROM_START: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     CENTRES_PER_SEGMENT: tl.constexpr,
     BONUSES: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
 
-    table: the request's row of the block table. first_seen: the first position that is seen, 0 if FROM_START.
+    table: the request's row of the block table. window: how many tokens a query sees, or None for all.
     first_token, count: the request's queries. first_row: the first of the rows that this program takes.
     BONUSES: where in shared memory those of centres go.
     """
@@ -359,11 +373,13 @@ def read(
     last = end - 1
     total_tiles = tl.cdiv(end - start, WARPS)
     # Every row sees all of the tiles from `head` to `whole`; in others, and where other warps have a chunk
-    # more, there are tokens to mask.
+    # more, there are tokens to mask: up to `head` those before a row's window, from `whole` on those after.
     whole = tl.maximum(tl.minimum(end, (seq_len - count + 1) // 16) - start, 0) // WARPS
     head = 0
-    if not FROM_START:
-        head = tl.where(start * 16 < first_seen, 1, 0)
+    spans = (seq_len, seq_len)
+    if window is not None:
+        head = tl.cdiv(tl.maximum(seq_len - window - start * 16, 0), 16 * WARPS)
+        spans = (window, window + count - 1)
     # The first page is asked for before the queries, so that they wait together.
     here = tl.minimum(start + warp, last) * 16
     block = tl.load(table + here // PAGE.block_size)
@@ -420,7 +436,7 @@ def read(
                 products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
                 put_bonuses(products, thread, SETS, BONUSES)
                 tl.debug_barrier()
-        for PHASE in tl.static_range(1 if FROM_START else 0, 3):
+        for PHASE in tl.static_range(1 if window is None else 0, 3):
             begin = tl.maximum(first, 0 if PHASE == 0 else (head if PHASE == 1 else tl.maximum(whole, head)))
             stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
             for tile in tl.range(begin, stop):
@@ -438,8 +454,8 @@ def read(
                         segment = chunk // SEGMENT_CHUNKS - first_segment
                         bonuses = bonuses + (get_bonus(products, segment, thread, k, SETS, BONUSES),)
                 state = _attend(
-                    fetched, operands, state, bounds, chunk * 16, first_seen, scale_log2, bonuses, key_lut,
-                    value_lut, lane, SETS, CENTRED, PHASE != 1, FROM_START, PAGE, COPIES, DTYPE,
+                    fetched, operands, state, bounds, spans, chunk * 16, scale_log2, bonuses, key_lut,
+                    value_lut, lane, SETS, CENTRED, PHASE != 1, PHASE == 0, SOFT_CAP, PAGE, COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state

@@ -150,6 +150,14 @@ def check_factors(name: str, factors: torch.Tensor, heads: int, head_dim: int) -
     return 0 if factors.shape[0] == 1 else head_dim
 
 
+def check_sinks(sinks: torch.Tensor | None, num_heads: int) -> None:
+    """Raise ValueError unless sinks are None or dense [num_heads]; Attention has checked their dtype."""
+    check(
+        sinks is None or (len(sinks) == num_heads and sinks.is_contiguous()),
+        f"sinks must be dense float32 [{num_heads}]",
+    )
+
+
 def check_centres(centres: torch.Tensor, page: Page, heads: int) -> int:
     """Rows of a segment's centres, 0 where there are none.
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import Tables
 from vllm_polarquant.format import Slot
-from vllm_polarquant.kernels.triton.attend import read
+from vllm_polarquant.kernels.triton.attend import LOG2_E, read
 from vllm_polarquant.kernels.triton.constants import (
     check,
     check_cache,
@@ -25,6 +25,7 @@ from vllm_polarquant.kernels.triton.constants import (
     check_factors,
     check_heads,
     check_int,
+    check_sinks,
     page_constants,
     table_entries,
 )
@@ -47,16 +48,15 @@ from vllm_polarquant.kernels.triton.merge import (
     merge,
     partial_row,
     registers_of_output,
+    sinks_of,
     store_rows,
     write,
 )
 from vllm_polarquant.kernels.triton.rotate import is_hadamard, rotate
-from vllm_polarquant.kernels.triton.schedule import ITEM_WORDS, MAX_SPLITS, Schedule
+from vllm_polarquant.kernels.triton.schedule import ITEM_WORDS, MAX_SPLITS, Schedule, first_seen_token
 from vllm_polarquant.page import Page
 
 MAX_QUERY_LEN = 16
-
-_LOG2_E = 1.4426950408889634
 
 
 def make_schedule(
@@ -146,8 +146,8 @@ def _fill_tables(thread, key_lut, value_lut, PAGE: tl.constexpr, COPIES: tl.cons
 
 # What differs from batch to batch must not compile another kernel in the middle of serving.
 @triton.jit(
-    do_not_specialize=["table_stride", "lse_stride_head", "num_segments"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "starts", "lse"],
+    do_not_specialize=["table_stride", "lse_stride_head", "num_segments", "window"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start_loc", "sinks", "lse"],
 )
 def _decode_kernel(
     query,
@@ -159,7 +159,8 @@ def _decode_kernel(
     table_stride,
     seq_lens,
     query_start_loc,
-    starts,
+    window,
+    sinks,
     query_factors,
     query_factors_stride,
     output_factors,
@@ -187,6 +188,7 @@ def _decode_kernel(
     WARPS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
 ):
@@ -197,7 +199,6 @@ def _decode_kernel(
     STATIC_BYTES: tl.constexpr = PLACES[2]
     DYNAMIC_BYTES: tl.constexpr = PLACES[3]
     EXCHANGE: tl.constexpr = exchange_bytes(registers_of_output(PAGE.half_pad, WARPS), WARPS)
-    FROM_START: tl.constexpr = starts is None
     kv_head = tl.program_id(0)
     row_block = tl.program_id(1)
     program = tl.program_id(2)
@@ -228,30 +229,31 @@ def _decode_kernel(
         # Warps take turns at chunks of 16 tokens, which no page cuts.
         start = begin * WARPS
         end = finish * WARPS
-        first_seen = 0
-        if not FROM_START:
-            first_seen = tl.load(starts + request)
-            start += first_seen // 16
-            end += first_seen // 16
+        if window is not None:
+            first_chunk = first_seen_token(seq_len, count, window) // 16
+            start += first_chunk
+            end += first_chunk
         end = tl.minimum(end, tl.cdiv(seq_len, 16))
         own_split = partial_row(program, (begin == 0).to(tl.int32), column, columns, ROWS)
         if first_row < rows:
             if start < end:
                 state = read(
                     recomputed(thread), query, query_stride_token, query_stride_head, own_factors, cache,
-                    block_stride, block_table + request.to(tl.int64) * table_stride, seq_len, first_seen,
+                    block_stride, block_table + request.to(tl.int64) * table_stride, seq_len, window,
                     first_token, count, first_row, start, end, kv_head, key_lut, value_lut, centres,
-                    num_segments, scale_log2, GROUP, SETS, COPIES, ROTATE, FROM_START, CENTRES_PER_SEGMENT,
+                    num_segments, scale_log2, GROUP, SETS, COPIES, ROTATE, SOFT_CAP, CENTRES_PER_SEGMENT,
                     BONUSES, PAGE,
                 )  # fmt: skip
                 write(
-                    recomputed(thread), state, output_factors, out, out_stride_token, out_stride_head,
+                    recomputed(thread), state, sinks, output_factors, out, out_stride_token, out_stride_head,
                     lse, lse_stride_head, lse_stride_token, partial_out, partial_lse, first_token, rows,
                     first_row, kv_head, own_split, splits == 1, GROUP, SETS, COPIES, ROTATE, PAGE,
                 )  # fmt: skip
             elif splits == 1:
                 nothing = tl.zeros([ROWS, 2 * PAGE.half_pad], tl.float32)
                 unseen = tl.full([ROWS], float("-inf"), tl.float32)
+                if sinks is not None:
+                    unseen = sinks_of(sinks, first_row + tl.arange(0, ROWS), kv_head, GROUP)
                 store_rows(
                     nothing, unseen, out, out_stride_token, out_stride_head, lse, lse_stride_head,
                     lse_stride_token, first_token, rows, first_row, kv_head, GROUP, PAGE.head_dim,
@@ -267,8 +269,8 @@ def _decode_kernel(
                 if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
                     tl.store(counter, 0)
                     merged, merged_lse = merge(
-                        partial_out, partial_lse, first_program, splits, column, columns,
-                        MAX_SPLITS, ROWS, PAGE,
+                        partial_out, partial_lse, sinks, first_program, splits, column, columns, first_row,
+                        kv_head, MAX_SPLITS, ROWS, GROUP, PAGE,
                     )  # fmt: skip
                     store_rows(
                         merged, merged_lse, out, out_stride_token, out_stride_head, lse, lse_stride_head,
@@ -295,7 +297,6 @@ def decode_attention(
     out: torch.Tensor,
     workspace: DecodeWorkspace,
     schedule: Schedule,
-    starts: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     gpu: Gpu | None = None,
 ) -> None:
@@ -314,23 +315,19 @@ def decode_attention(
         query_start_loc: int32 [R + 1].
         max_query_len: the most queries of any request, up to MAX_QUERY_LEN.
         page: of the cache.
-        attention: scale.
+        attention: scale, window, soft cap and sinks. Pages of the blocks before a window are not read.
         tables: codec.tables(page.slot, query.dtype, query.device), or a layer's own.
         out: like query, other memory.
         workspace: DecodeWorkspace.allocate for at least this batch.
-        schedule: of make_schedule with this max_query_len, and planned for this batch's seq_lens,
-            query_start_loc and starts; a captured graph's, with those of each replay.
-        starts: int32 [R], the first position of each request that its queries see; None for 0. Pages of the
-            blocks before it are not read.
-        lse: float32 [num_heads, T], written: log-sum-exps of the logits, natural, -inf where a query sees
-            nothing; or None.
+        schedule: of make_schedule with this max_query_len, and planned for this window and this batch's
+            seq_lens and query_start_loc; a captured graph's, with those of each replay.
+        lse: float32 [num_heads, T], written: log-sum-exps of the logits, natural, sinks included, -inf where
+            there is nothing; or None.
         gpu: that the schedule was made for, by default the query's.
 
     Raises:
-        UnsupportedAttention: for more than a scale.
         ValueError: for other shapes, dtypes or strides, or a workspace or schedule that does not fit.
     """
-    attention.require_plain()
     tokens, num_heads, head_dim = query.shape
     num_reqs = seq_lens.shape[0]
     num_kv_heads = cache.shape[1]
@@ -352,8 +349,7 @@ def decode_attention(
     check_int("seq_lens", seq_lens, (-1,), torch.int32)
     check_int("block_table", block_table, (num_reqs, -1), torch.int32)
     check_int("query_start_loc", query_start_loc, (num_reqs + 1,), torch.int32)
-    if starts is not None:
-        check_int("starts", starts, (num_reqs,), torch.int32)
+    check_sinks(attention.sinks, num_heads)
     check(
         lse is None or (lse.dtype == torch.float32 and lse.shape == (num_heads, tokens)),
         f"lse must be float32 [{num_heads}, {tokens}]",
@@ -400,7 +396,8 @@ def decode_attention(
         block_table.stride(0),
         seq_lens,
         query_start_loc,
-        starts,
+        attention.window,
+        attention.sinks,
         tables.query_factors,
         factors_stride,
         tables.output_factors,
@@ -408,7 +405,7 @@ def decode_attention(
         tables.value_lut,
         tables.centres,
         len(tables.centres),
-        attention.scale * _LOG2_E,
+        attention.scale * LOG2_E.value,
         out,
         out.stride(0),
         out.stride(1),
@@ -428,6 +425,7 @@ def decode_attention(
         WARPS=launch.warps,
         COPIES=gpu.table_copies,
         ROTATE=page.slot.key.rotated and not separate,
+        SOFT_CAP=attention.soft_cap,
         CENTRES_PER_SEGMENT=check_centres(tables.centres, page, num_kv_heads),
         PAGE=page_constants(page),
         num_warps=launch.warps,

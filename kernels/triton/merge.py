@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from vllm_polarquant.kernels.triton.attend import load_factors, row_index
+from vllm_polarquant.kernels.triton.attend import LOG2_E, load_factors, row_index
 from vllm_polarquant.kernels.triton.lanes import (
     DYNAMIC,
     hadamard,
@@ -37,9 +37,16 @@ def partial_row(program, begins, column, columns, ROWS: tl.constexpr):
 
 
 @triton.jit
+def sinks_of(sinks, row, kv_head, GROUP: tl.constexpr):
+    """The sinks of a request's rows, float32, as powers of two."""
+    return tl.load(sinks + kv_head * GROUP + row % GROUP) * LOG2_E
+
+
+@triton.jit
 def write(
     thread,
     state,
+    sinks,
     output_factors,
     out,
     out_stride_token,
@@ -63,7 +70,8 @@ def write(
 ):
     """Join what the warps have seen and write it to `out`, or, unless the split is whole, for `merge`.
 
-    own_split: index of the split's first row among the partial outputs.
+    own_split: index of the split's first row among the partial outputs. sinks: float32 [num_heads] or None; a
+    split that is whole joins them.
     """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
@@ -90,10 +98,16 @@ def write(
         peak = warp_peaks[0]
         for i in tl.static_range(1, WARPS):
             peak = tl.maximum(peak, warp_peaks[i])
+        if sinks is not None:
+            sink = sinks_of(sinks, first_row + 4 * k + member, kv_head, GROUP)
+            sink = tl.where(whole, sink, float("-inf"))
+            peak = tl.maximum(peak, sink)
         shift = tl.where(peak == float("-inf"), 0.0, peak)
         total = zero
         for i in tl.static_range(WARPS):
             total += warp_totals[i] * tl.exp2(warp_peaks[i] - shift)
+        if sinks is not None:
+            total += tl.exp2(sink - shift)
         some = total > 0
         own_lse = tl.where(some, peak + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         share = tl.where(some, tl.exp2(peaks[k] - shift) / tl.where(some, total, 1.0), 0.0)
@@ -141,16 +155,23 @@ def write(
 def merge(
     partial_out,
     partial_lse,
+    sinks,
     first_program,
     splits,
     column,
     columns,
+    first_row,
+    kv_head,
     MAX_SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     PAGE: tl.constexpr,
     AT_ONCE: tl.constexpr = 6,
 ):
-    """A request's outputs, float32 [ROWS, 2 * half_pad], and log2-sum-exp2 [ROWS], of what `write` left."""
+    """A request's outputs, float32 [ROWS, 2 * half_pad], and log2-sum-exp2 [ROWS], of what `write` left.
+
+    sinks: as of `write`. first_row: the first of the request's rows that the program takes.
+    """
     HEAD_DIM: tl.constexpr = PAGE.head_dim
     HALF_PAD: tl.constexpr = PAGE.half_pad
     row = tl.arange(0, ROWS)
@@ -163,8 +184,13 @@ def merge(
         cache_modifier=".cg",
     )
     peak = tl.max(lse, axis=1)
+    if sinks is not None:
+        sink = sinks_of(sinks, first_row + row, kv_head, GROUP)
+        peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp2(lse - peak[:, None]), axis=1)
+    if sinks is not None:
+        total += tl.exp2(sink - peak)
     dim = tl.arange(0, 2 * HALF_PAD)
     merged = tl.zeros([ROWS, 2 * HALF_PAD], tl.float32)
     for begin in tl.range(0, splits, AT_ONCE):

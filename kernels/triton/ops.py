@@ -6,7 +6,7 @@ All memory is allocated beforehand, so that an engine's memory profile counts it
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +23,12 @@ from vllm_polarquant.kernels.triton.decode import (
 )
 from vllm_polarquant.kernels.triton.gather import gather_prefix
 from vllm_polarquant.kernels.triton.launch import Gpu
-from vllm_polarquant.kernels.triton.prefill import PrefixWorkspace, merge_prefix, prefill_attention
+from vllm_polarquant.kernels.triton.prefill import (
+    PrefixWorkspace,
+    give_to_sinks,
+    merge_prefix,
+    prefill_attention,
+)
 from vllm_polarquant.kernels.triton.prefix import (
     PrefixPlan,
     plan_prefixes,
@@ -47,48 +52,54 @@ class ShortPrefills:
 
 @dataclass(frozen=True)
 class TritonPlan(Plan):
-    """schedule: of the decodes. prefills: how the prefills' prefixes are read; None without prefills."""
+    """For each window: the schedule of the decodes; how prefills' prefixes are read, nothing without any."""
 
-    schedule: Schedule
-    prefills: ShortPrefills | PrefixPlan | None
+    schedules: Mapping[int | None, Schedule]
+    prefills: Mapping[int | None, ShortPrefills | PrefixPlan]
 
 
 class TritonPlanner(Planner):
-    """Schedules of decodes, and of prefills that are read like them, computed on the GPU."""
+    """Schedules of decodes, and of prefills that are read like them, computed on the GPU, one a window."""
 
-    def __init__(self, ops: TritonOperations) -> None:
+    def __init__(self, ops: TritonOperations, windows: Collection[int | None]) -> None:
         self.ops = ops
         limits = ops.limits
         # Captured graphs read these; steps with prefills, which are not captured, may need more.
         self.segments = torch.zeros(
             limits.max_reqs * limits.max_decode_query_len, dtype=torch.int32, device=ops.shape.device
         )
-        self.decodes = ops.schedule(ops.limits.max_decode_query_len)
-        self.short = ops.schedule(MAX_QUERY_LEN)
+        self.decodes = {window: ops.schedule(limits.max_decode_query_len) for window in windows}
+        self.short = {window: ops.schedule(MAX_QUERY_LEN) for window in windows}
 
     def plan(self, batch: Batch) -> TritonPlan:
         decodes = batch.num_decodes
         if decodes:
-            plan(batch.seq_lens[:decodes], batch.query_start_loc[: decodes + 1], self.decodes)
+            for window, schedule in self.decodes.items():
+                plan(batch.seq_lens[:decodes], batch.query_start_loc[: decodes + 1], schedule, window)
         segments = self.segments
         if batch.num_tokens > len(segments):
             segments = segments.new_empty(batch.num_tokens)
         reqs = decodes + batch.num_prefills
         if reqs:
             fill_segments(batch.seq_lens[:reqs], batch.query_start_loc[: reqs + 1], segments)
-        prefills = self._prefills(batch) if batch.num_prefills else None
+        prefills = self._prefills(batch) if batch.num_prefills else {}
         return TritonPlan(batch, segments, self.decodes, prefills)
 
-    def _prefills(self, batch: Batch) -> ShortPrefills | PrefixPlan:
+    def _prefills(self, batch: Batch) -> dict[int | None, ShortPrefills | PrefixPlan]:
         first, last = batch.num_decodes, batch.num_decodes + batch.num_prefills
         starts = batch.query_start_loc_cpu.numpy()[first : last + 1]
         contexts = batch.context_lens_cpu.numpy()
         ops = self.ops
         if reads_like_decodes(starts, contexts, MAX_QUERY_LEN, ops.max_short_tokens):
             relative = batch.query_start_loc[first : last + 1] - batch.num_decode_tokens
-            plan(batch.seq_lens[first:last], relative, self.short)
-            return ShortPrefills(relative, self.short)
-        return plan_prefixes(starts, contexts, ops.prefix_workspace.tokens, ops.shape.device)
+            for window, schedule in self.short.items():
+                plan(batch.seq_lens[first:last], relative, schedule, window)
+            return {window: ShortPrefills(relative, schedule) for window, schedule in self.short.items()}
+        capacity = ops.prefix_workspace.tokens
+        return {
+            window: plan_prefixes(starts, contexts, capacity, ops.shape.device, window)
+            for window in self.short
+        }
 
 
 class TritonOperations(Operations):
@@ -169,7 +180,7 @@ class TritonOperations(Operations):
         return self.decode_workspace.nbytes + self.short_workspace.nbytes + self.prefix_workspace.nbytes
 
     def planner(self, windows: Collection[int | None] = (None,)) -> TritonPlanner:
-        return TritonPlanner(self)
+        return TritonPlanner(self, windows)
 
     def store(
         self,
@@ -180,7 +191,9 @@ class TritonOperations(Operations):
         tables: Tables,
         segments: torch.Tensor,
     ) -> None:
-        store_kv(key, value, cache, slot_mapping, page_of(cache, self.shape.slot), tables, segments)
+        # What a batch is padded with, for other ranks or a captured graph, has slots but no plan.
+        slots = slot_mapping[: len(segments)]
+        store_kv(key, value, cache, slots, page_of(cache, self.shape.slot), tables, segments)
 
     def decode(
         self,
@@ -206,7 +219,7 @@ class TritonOperations(Operations):
             tables,
             out[:tokens],
             self.decode_workspace,
-            plan.schedule,
+            plan.schedules[attention.window],
             gpu=self.gpu,
         )
 
@@ -221,35 +234,36 @@ class TritonOperations(Operations):
         tables: Tables,
         out: torch.Tensor,
     ) -> None:
-        assert isinstance(plan, TritonPlan) and key is not None and value is not None
+        assert isinstance(plan, TritonPlan)
+        prefills = plan.prefills[attention.window]
         batch, rows = plan.batch, plan.batch.prefill_rows
         requests = slice(batch.num_decodes, batch.num_decodes + batch.num_prefills)
         page = page_of(cache, self.shape.slot)
-        if isinstance(plan.prefills, ShortPrefills):
+        if isinstance(prefills, ShortPrefills):
             decode_attention(
                 query[rows],
                 cache,
                 batch.block_table[requests],
                 batch.seq_lens[requests],
-                plan.prefills.query_start_loc,
+                prefills.query_start_loc,
                 MAX_QUERY_LEN,
                 page,
                 attention,
                 tables,
                 out[rows],
                 self.short_workspace,
-                plan.prefills.schedule,
+                prefills.schedule,
                 gpu=self.gpu,
             )
             return
-        assert isinstance(plan.prefills, PrefixPlan)
+        assert isinstance(prefills, PrefixPlan)
         prefill_attention(
             query[rows],
-            key[rows],
-            value[rows],
+            None if key is None else key[rows],
+            None if value is None else value[rows],
             cache,
             batch.block_table[requests],
-            plan.prefills,
+            prefills,
             page,
             attention,
             tables,
@@ -306,6 +320,11 @@ class TritonOperations(Operations):
             store_kv(x, x, pages, slots, page, tables, segments)
             rotate(query, out, tables.mixing, tables.query_factors)
             merge_prefix(query, lse, out, lse.clone(), tables)
+            if from_pages:
+                merge_prefix(query, lse, out, lse.clone(), None)
+                rotate(out, out, tables.mixing, tables.output_factors, inverse=True)
+            if attention.sinks is not None:
+                give_to_sinks(out, lse, attention.sinks)
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
         for length, workspace in (
             (limits.max_decode_query_len, self.decode_workspace),
@@ -313,7 +332,7 @@ class TritonOperations(Operations):
         ):
             query, starts = ones(length, shape.num_heads), ints(0, length)
             schedule = self.schedule(length)
-            plan(starts[1:], starts, schedule)
+            plan(starts[1:], starts, schedule, attention.window)
             decode_attention(
                 query,
                 pages,

@@ -71,14 +71,20 @@ class Schedule:
         return self.items.shape[0] - self.programs
 
 
+@triton.jit
+def first_seen_token(seq_len, count, window):
+    """The first position that the first of a request's last `count` tokens sees within a window."""
+    return tl.maximum(seq_len - count - window + 1, 0)
+
+
 @triton.jit(
-    do_not_specialize=["num_reqs"],
-    do_not_specialize_on_alignment=["seq_lens", "query_start_loc", "starts"],
+    do_not_specialize=["num_reqs", "window"],
+    do_not_specialize_on_alignment=["seq_lens", "query_start_loc"],
 )
 def _plan_kernel(
     seq_lens,
     query_start_loc,
-    starts,
+    window,
     num_reqs,
     first,
     items,
@@ -96,9 +102,9 @@ def _plan_kernel(
     row = tl.load(query_start_loc + request, mask=valid, other=0)
     queries = tl.load(query_start_loc + request + 1, mask=valid, other=0) - row
     length = tl.load(seq_lens + request, mask=valid, other=0)
-    if starts is not None:
-        # Warps read from the chunk of 16 on that holds the first token.
-        length = tl.maximum(length - tl.load(starts + request, mask=valid, other=0) // 16 * 16, 0)
+    if window is not None:
+        # Warps read from the chunk of 16 on that holds the first token seen.
+        length -= first_seen_token(length, queries, window) // 16 * 16
     # A request with queries and no tokens has an item, which writes zeros; one without queries has none.
     tiles = tl.where(queries > 0, tl.maximum(tl.cdiv(length, TILE), 1), 0)
     cost = tl.where(tiles > 0, tiles + ITEM_COST, 0)
@@ -164,7 +170,7 @@ def plan(
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     schedule: Schedule,
-    starts: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> None:
     """Fill a schedule for a batch; one small launch, which never waits for the device.
 
@@ -173,8 +179,7 @@ def plan(
             the shares are no longer equal.
         query_start_loc: int32 [R + 1]. Requests without queries get no items, so these must not change.
         schedule: of Schedule.allocate for at least R requests.
-        starts: int32 [R], the first token of each request that is read, or None for 0. They must not change,
-            as a split is counted from there.
+        window: Attention.window of the layers that the schedule is for.
 
     Raises:
         ValueError: for other shapes or dtypes, or more requests than the schedule has room for.
@@ -186,12 +191,10 @@ def plan(
         num_reqs <= schedule.max_reqs,
         f"a schedule for up to {schedule.max_reqs} requests cannot hold {num_reqs}",
     )
-    if starts is not None:
-        check_int("starts", starts, (num_reqs,), torch.int32)
     _plan_kernel[(1,)](
         seq_lens,
         query_start_loc,
-        starts,
+        window,
         num_reqs,
         schedule.first,
         schedule.items,
