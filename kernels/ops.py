@@ -100,7 +100,8 @@ class DenseAttention(Protocol):
             scale: softmax scale.
             causal: whether a query sees no key after the one it is aligned with.
             out: like query, to be written, or None.
-            left: how many keys before the one it is aligned with a query sees; None for all.
+            left: how many keys before the one it is aligned with a query sees; None for all. If given where
+                not causal, no request has more queries than keys.
             soft_cap: as Attention's.
 
         Returns:
@@ -173,7 +174,8 @@ class Operations(ABC):
             key, value: [T, kv heads, head_dim].
             slot_mapping: int64 [T'], T' <= T, of slots block * N + token; those below 0 are dropped, as are
                 the rows of key and value past T'.
-            segments: int32 [at least T'], Plan.segments; those past the tables' last are that one.
+            segments: int32, Plan.segments; those past the tables' last are that one. Slots past them, of what
+                a batch is padded with, are dropped.
         """
 
     @abstractmethod

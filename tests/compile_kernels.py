@@ -3,9 +3,10 @@
     python compile_kernels.py '[[90, "polarquant_k4v4", 128, 1], ...]'
 
 takes rows of (compute capability, preset, head_dim, sets of four queries; 0 for the store kernel with few
-tokens, -1 with many, -2 for gathering a prefix; 10 more for sets from a token on, with log-sum-exps, 20 more
-with centred keys) and prints, as JSON, the bytes of static and of dynamic shared memory, the registers a
-thread and how many programs an H200 would run on a multiprocessor at once, of each.
+tokens, -1 with many, -2 for gathering a prefix; 10 more for sets with a window, a soft cap, sinks and
+log-sum-exps, 20 more with centred keys, 30 more with all of these) and prints, as JSON, the bytes of static
+and of dynamic shared memory, the registers a thread and how many programs an H200 would run on a
+multiprocessor at once, of each.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ H200 = Gpu.of(torch.device("cpu"))
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
     "query": "*bf16", "out": "*bf16", "cache": "*u8", "block_table": "*i32", "seq_lens": "*i32",
-    "query_start_loc": "*i32", "starts": "*i32", "sinks": "*fp32", "lse": "*fp32", "mixing": "*fp32", "query_factors": "*fp32",
-    "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32", "key_lut": "*i32",
-    "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32", "key": "*bf16",
-    "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32", "scratch": "*i32",
-    "begin_words": "*i32", "items": "*i32", "centres": "*i32", "segments": "*i32", "lengths_cu": "*i32",
-    "key_out": "*bf16", "value_out": "*bf16",
+    "query_start_loc": "*i32", "starts": "*i32", "sinks": "*fp32", "lse": "*fp32", "mixing": "*fp32",
+    "query_factors": "*fp32", "output_factors": "*fp32", "key_factors": "*fp32", "value_factors": "*fp32",
+    "key_lut": "*i32", "value_lut": "*i32", "partial_out": "*fp32", "partial_lse": "*fp32", "arrived": "*i32",
+    "key": "*bf16", "value": "*bf16", "slot_mapping": "*i64", "key_cells": "*i32", "value_cells": "*i32",
+    "scratch": "*i32", "begin_words": "*i32", "items": "*i32", "centres": "*i32", "segments": "*i32",
+    "lengths_cu": "*i32", "key_out": "*bf16", "value_out": "*bf16",
 }  # fmt: skip
 SCALARS = {"block_stride": "i64", "table_stride": "i32", "scale_log2": "fp32"}
 
@@ -90,9 +91,8 @@ def compile_one(capability: int, preset: str, head_dim: int, which: int) -> tupl
     page = Page(Slot(preset, head_dim), 16)
     sets = which % 10
     if which > 0:
-        kernel, constants, options = decode_kernel(
-            capability, page, sets, which < 10 or which > 20, which > 20
-        )
+        plain, centred = which // 10 in (0, 2), which > 20
+        kernel, constants, options = decode_kernel(capability, page, sets, plain, centred)
     elif which == -2:
         kernel, constants, options = gather_kernel(page)
     else:

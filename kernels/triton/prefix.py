@@ -120,7 +120,7 @@ def cut_windows(
             if see_all == see_any:
                 parts = [(0, see_any, None)]
             elif see_any > end - start:
-                # FlashAttention 2 hides keys from queries that are more than the keys before the last one.
+                # With more queries than keys, FlashAttention 2 hides the last keys from the first queries.
                 parts = [(0, see_all, None), (see_all, see_any, left)]
             for begin, stop, part_left in parts:
                 yield Cut(
