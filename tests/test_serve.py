@@ -109,8 +109,24 @@ def test_the_server_logged_what_it_stores(server: Server) -> None:
     assert re.search(r"KV cache size: 50,\d{3} tokens", log)
 
 
-def test_the_prefix_cache_was_used(server: Server) -> None:
+def metrics_of(server: Server) -> str:
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
-        metrics = answer.read().decode()
-    hits = re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} ([\d.e+]+)$", metrics, re.MULTILINE)
+        return answer.read().decode()
+
+
+def test_metrics_say_what_is_stored(server: Server) -> None:
+    (labels,) = re.findall(r"^vllm:cache_config_info\{(.*)\} 1\.0$", metrics_of(server), re.MULTILINE)
+    found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+    assert found["cache_dtype"] == "polarquant_k4v4"
+    assert f"page format {found['polarquant_page_format']}" in server.log.read_text()
+    tokens = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())
+    assert tokens and found["kv_cache_size_tokens"] == tokens[1].replace(",", "")
+    removed = re.search(r"([\d.]+)% of their energy removed", server.log.read_text())
+    assert removed
+    assert float(found["polarquant_key_energy_removed"]) == pytest.approx(float(removed[1]) / 100, abs=0.001)
+    assert re.fullmatch(r"[0-9a-f]{12}", found["polarquant_cache_identity"])
+
+
+def test_the_prefix_cache_was_used(server: Server) -> None:
+    hits = re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} ([\d.e+]+)$", metrics_of(server), re.MULTILINE)
     assert sum(map(float, hits)) > 8 * 1500

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from vllm_polarquant.format import is_polar_dtype
 
 SUPPORTED = SpecifierSet(">=0.32,<0.34")
 BACKEND_NAME = "POLARQUANT"
+LABEL_PREFIX = "polarquant_"
+"""Of what identity.py adds to an engine's CacheConfig, whose fields are labels of vllm:cache_config_info."""
 
 
 class UnsupportedVllm(RuntimeError):
@@ -132,6 +135,81 @@ def after_kv_cache(call: Callable[[Any], None]) -> None:
 
     initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
     WorkerWrapperBase.initialize_from_config = initialize_from_config
+
+
+def before_scheduler(call: Callable[[Any], None]) -> None:
+    """Call `call(executor)` in each engine core once all workers have their KV cache.
+
+    That is before its scheduler, and so its side of a KV connector, is made. Idempotent.
+    """
+    from vllm.v1.executor.abstract import Executor
+
+    original = Executor.initialize_from_config
+    if getattr(original, "calls_polarquant", False):
+        return
+
+    def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
+        original(self, kv_cache_configs)
+        call(self)
+
+    initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
+    Executor.initialize_from_config = initialize_from_config  # type: ignore[method-assign]
+
+
+def _labels(cache_config: Any) -> dict[str, str]:
+    return {name: value for name, value in vars(cache_config).items() if name.startswith(LABEL_PREFIX)}
+
+
+def send_labels() -> None:
+    """Carry labels of a CacheConfig from an engine core to the process that serves metrics.
+
+    They travel in the message in which the core sends what it has found of the cache's size. Idempotent.
+    """
+    import msgspec
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.core_client import MPClient
+
+    make, apply = EngineCoreProc._make_ready_response, MPClient._apply_ready_response
+    if getattr(make, "sends_polarquant", False):
+        return
+
+    def _make_ready_response(self: Any) -> Any:
+        response = make(self)
+        labels = _labels(self.vllm_config.cache_config)
+        # A dict is encoded as the dataclass is, whose decoder passes over what it does not know.
+        return vars(response) | labels if labels else response
+
+    def _apply_ready_response(self: Any, payload: bytes) -> None:
+        apply(self, payload)
+        for name, value in (msgspec.msgpack.decode(payload) if payload else {}).items():
+            if name.startswith(LABEL_PREFIX):
+                setattr(self.vllm_config.cache_config, name, value)
+
+    _make_ready_response.sends_polarquant = True  # type: ignore[attr-defined]
+    EngineCoreProc._make_ready_response = _make_ready_response  # type: ignore[method-assign]
+    MPClient._apply_ready_response = _apply_ready_response  # type: ignore[method-assign]
+
+
+def name_offloaded(label: str) -> None:
+    """Add a label of the CacheConfig to the dtype's name in the keys of every tier of OffloadingConnector.
+
+    Its scheduler hashes that name into the folder or prefix under which it looks for blocks. Idempotent.
+    """
+    from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
+
+    original = offloading_connector.build_offloading_config
+    if getattr(original, "names_polarquant", False):
+        return
+
+    def build_offloading_config(vllm_config: Any, kv_cache_config: Any) -> Any:
+        built = original(vllm_config, kv_cache_config)
+        name = _labels(vllm_config.cache_config).get(LABEL_PREFIX + label)
+        if name is None:
+            return built
+        return replace(built, model=replace(built.model, dtype=f"{built.model.dtype}-{name}"))
+
+    build_offloading_config.names_polarquant = True  # type: ignore[attr-defined]
+    offloading_connector.build_offloading_config = build_offloading_config
 
 
 def hide_numba() -> None:

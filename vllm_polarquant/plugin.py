@@ -28,6 +28,8 @@ def register() -> None:
     compat.register_backend("vllm_polarquant.backend.PolarQuantBackend")
     compat.route_backends(_choose)
     compat.after_kv_cache(_prepare)
+    compat.before_scheduler(_publish)
+    compat.send_labels()
 
 
 def _choose(selector: object) -> str:
@@ -42,3 +44,9 @@ def _prepare(worker: object) -> None:
         from vllm_polarquant import startup
 
         startup.run(worker)
+
+
+def _publish(executor: object) -> None:
+    from vllm_polarquant import identity
+
+    identity.publish(executor)

@@ -19,7 +19,8 @@ AUTO = "serve the model with --kv-cache-dtype auto"
 
 DTYPES = ("bfloat16", "float16")
 MIN_CAPABILITY = (8, 0)
-CONNECTOR, OFFLOAD_SPEC = "OffloadingConnector", "CPUOffloadingSpec"
+CONNECTOR, MULTI_CONNECTOR = "OffloadingConnector", "MultiConnector"
+OFFLOAD_SPECS, FILE_TIER = ("CPUOffloadingSpec", "TieringOffloadingSpec"), "fs"
 
 Config = Mapping[str, Any]
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -247,7 +248,7 @@ DRAFT_TOKENS = Rule(
 KV_CONNECTOR = Rule(
     "KV connector",
     "the KV connector {value}",
-    f"use {CONNECTOR} with {OFFLOAD_SPEC}",
+    f"use {CONNECTOR} with {OFFLOAD_SPECS[0]}, or with {OFFLOAD_SPECS[1]} and tiers of type {FILE_TIER}",
 )
 BLOCK_SIZE = Rule(
     "block size",
@@ -345,14 +346,45 @@ def _format_hits(preset: str, head_size: int, block_size: int | None) -> Iterato
 
 
 def connector_hits(transfer: Any) -> Iterator[Hit]:
-    """Every KV connector but offloading to this process's memory.
+    """Every KV connector that was not tried, or whose keys do not hold what identity.py names.
 
-    Pages that outlive the process, or reach another one, would need `Page.cache_id` in their keys, and
-    vLLM's keys hold no more than the dtype's name.
+    Pages that outlive the process, or reach another one, must never be read by an engine to which the same
+    bytes mean something else.
+
+    Args:
+        transfer: vLLM's KVTransferConfig.
     """
-    spec = (transfer.kv_connector_extra_config or {}).get("spec_name", OFFLOAD_SPEC)
-    if transfer.kv_connector != CONNECTOR or spec != OFFLOAD_SPEC:
-        yield Hit(KV_CONNECTOR, {"value": f"{transfer.kv_connector} ({spec})"})
+    yield from _connector_hits(
+        transfer.kv_connector, transfer.kv_connector_module_path, transfer.kv_connector_extra_config
+    )
+
+
+def _connector_hits(name: object, module: object, extra: Any) -> Iterator[Hit]:
+    extra = extra if isinstance(extra, Mapping) else {}
+    if name == MULTI_CONNECTOR and not module:
+        children = extra.get("connectors") or []
+        if len(children) > 1:
+            # vLLM gives them one engine's name, and memory under that name.
+            yield Hit(KV_CONNECTOR, {"value": f"{name} with more than one {CONNECTOR}"})
+        for child in children:
+            yield from _connector_hits(
+                child.get("kv_connector"),
+                child.get("kv_connector_module_path"),
+                child.get("kv_connector_extra_config"),
+            )
+        return
+    if name != CONNECTOR or module:
+        yield Hit(KV_CONNECTOR, {"value": name})
+        return
+    spec = extra.get("spec_name", OFFLOAD_SPECS[0])
+    if spec not in OFFLOAD_SPECS:
+        yield Hit(KV_CONNECTOR, {"value": f"{name} ({spec})"})
+    for tier in extra.get("secondary_tiers") or []:
+        kind = tier.get("type") if isinstance(tier, Mapping) else None
+        if kind != FILE_TIER:
+            yield Hit(KV_CONNECTOR, {"value": f"{name} with a tier of type {kind}"})
+    if extra.get("canonical_layout"):
+        yield Hit(KV_CONNECTOR, {"value": f"{name} with canonical_layout"})
 
 
 def _platform_hits(platform: Any) -> Iterator[Hit]:
