@@ -153,7 +153,7 @@ def before_scheduler(call: Callable[[Any], None]) -> None:
         call(self)
 
     initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
-    Executor.initialize_from_config = initialize_from_config  # type: ignore[method-assign]
+    Executor.initialize_from_config = initialize_from_config
 
 
 def _labels(cache_config: Any) -> dict[str, str]:
@@ -186,8 +186,8 @@ def send_labels() -> None:
                 setattr(self.vllm_config.cache_config, name, value)
 
     _make_ready_response.sends_polarquant = True  # type: ignore[attr-defined]
-    EngineCoreProc._make_ready_response = _make_ready_response  # type: ignore[method-assign]
-    MPClient._apply_ready_response = _apply_ready_response  # type: ignore[method-assign]
+    EngineCoreProc._make_ready_response = _make_ready_response
+    MPClient._apply_ready_response = _apply_ready_response
 
 
 def name_offloaded(label: str) -> None:
