@@ -110,9 +110,11 @@ class DenseAttention(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """A batch and what a device has worked out for all layers; made by `Planner.plan`.
+
+    Not frozen: vLLM's chunked attention hangs an attribute of its own on it.
 
     segments: int32 [at least num_tokens], by which keys of a batch's tokens are centred: position // SEGMENT.
         A planner's own buffer, so that captured graphs read it.

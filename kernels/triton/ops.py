@@ -50,7 +50,7 @@ class ShortPrefills:
     schedule: Schedule
 
 
-@dataclass(frozen=True)
+@dataclass
 class TritonPlan(Plan):
     """For each window: the schedule of the decodes; how prefills' prefixes are read, nothing without any."""
 
