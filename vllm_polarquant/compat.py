@@ -137,6 +137,25 @@ def after_kv_cache(call: Callable[[Any], None]) -> None:
     WorkerWrapperBase.initialize_from_config = initialize_from_config
 
 
+def before_kv_cache(call: Callable[[Any], None]) -> None:
+    """Call `call(executor)` in each engine core once all workers have their model, before memory is measured.
+
+    Idempotent.
+    """
+    from vllm.v1.executor.abstract import Executor
+
+    original = Executor.get_kv_cache_specs
+    if getattr(original, "calls_polarquant", False):
+        return
+
+    def get_kv_cache_specs(self: Any) -> Any:
+        call(self)
+        return original(self)
+
+    get_kv_cache_specs.calls_polarquant = True  # type: ignore[attr-defined]
+    Executor.get_kv_cache_specs = get_kv_cache_specs  # type: ignore[method-assign]
+
+
 def before_scheduler(call: Callable[[Any], None]) -> None:
     """Call `call(executor)` in each engine core once all workers have their KV cache.
 

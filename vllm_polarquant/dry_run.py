@@ -226,7 +226,7 @@ def _recording(config: Any) -> Iterator[_Recorder]:
 
 
 @contextlib.contextmanager
-def _inspecting_here() -> Iterator[None]:
+def inspecting_here() -> Iterator[None]:
     """Let vLLM look at a model's class in this process: a child of its own for each takes ten seconds."""
     from vllm.model_executor.models import registry
 
@@ -279,7 +279,7 @@ def build(model: str, preset: str, options: Mapping[str, Any]) -> DryRun:
 
     arguments = {"tokenizer": model, "skip_tokenizer_init": True, "load_format": "dummy"} | dict(options)
     try:
-        with _inspecting_here():
+        with inspecting_here():
             config = EngineArgs(
                 model=model, kv_cache_dtype=preset, enforce_eager=True, **arguments
             ).create_engine_config()

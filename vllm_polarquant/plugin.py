@@ -28,6 +28,7 @@ def register() -> None:
     compat.register_backend("vllm_polarquant.backend.PolarQuantBackend")
     compat.route_backends(_choose)
     compat.after_kv_cache(_prepare)
+    compat.before_kv_cache(_check)
     compat.before_scheduler(_publish)
     compat.send_labels()
 
@@ -46,7 +47,14 @@ def _prepare(worker: object) -> None:
         startup.run(worker)
 
 
+def _check(executor: object) -> None:
+    from vllm_polarquant import announce
+
+    announce.check(executor)
+
+
 def _publish(executor: object) -> None:
-    from vllm_polarquant import identity
+    from vllm_polarquant import announce, identity
 
     identity.publish(executor)
+    announce.announce(executor)
