@@ -1,9 +1,9 @@
 """Tiny models of many architectures: config.json, the probe's tokenizer, and weights that vLLM makes itself.
 
-`write(name, folder)` makes a folder that vLLM and `polarquant check` read. Its weights come from a loader of
-vLLM's (`register_loader`, load_format LOAD_FORMAT) that draws every parameter by its name, so that they are the
-same in each engine and no checkpoint's names need be known. They are of such a size that attention decides
-which token comes next.
+`write(name, folder)` makes a folder that vLLM and `polarquant check` read. Its weights come from a loader
+(`register_loader`, load_format LOAD_FORMAT) that draws every parameter by its name, so that they are the same
+in each engine and no checkpoint's names need be known. They are of such a size that attention decides which
+token comes next.
 """
 
 from __future__ import annotations
@@ -345,6 +345,11 @@ MODELS: dict[str, Tiny] = {
             conv_bias=False,
             conv_dim=256,
             conv_dim_out=256,
+            block_dim=256,
+            block_ff_dim=256,
+            block_multiple_of=64,
+            block_ffn_dim_multiplier=1.0,
+            norm_eps=1e-5,
             block_auto_adjust_ff_dim=False,
         ),
     ),
@@ -367,27 +372,6 @@ MODELS: dict[str, Tiny] = {
             mamba_d_conv=4,
             mamba_expand=2,
             mamba_dt_rank=16,
-        ),
-    ),
-    "zamba2": Tiny(
-        "Zamba2",
-        _of(
-            "Zamba2ForCausalLM",
-            "zamba2",
-            hybrid_layer_ids=[1, 3],
-            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-            n_mamba_heads=8,
-            mamba_headdim=64,
-            mamba_d_state=64,
-            mamba_ngroups=1,
-            num_mem_blocks=1,
-            num_key_value_heads=4,
-            attention_head_dim=128,
-            attention_hidden_size=512,
-            head_dim=...,
-            use_mem_rope=True,
-            adapter_rank=16,
-            hidden_act="gelu",
         ),
     ),
     "mamba2": Tiny(
@@ -445,19 +429,6 @@ MODELS: dict[str, Tiny] = {
         ),
     ),
     "bloom": Tiny("BLOOM", _of("BloomForCausalLM", "bloom", _GPT, hidden_size=256, n_head=4, n_layer=4)),
-    "mpt": Tiny(
-        "MPT",
-        _of(
-            "MPTForCausalLM",
-            "mpt",
-            _GPT,
-            d_model=256,
-            n_heads=4,
-            n_layers=4,
-            expansion_ratio=2,
-            max_seq_len=512,
-        ),
-    ),
     "falcon": Tiny(
         "Falcon",
         _of(
@@ -508,6 +479,7 @@ MODELS: dict[str, Tiny] = {
             rotary_dim=32,
             use_qk_norm=True,
             qk_norm_type="per_layer",
+            scoring_func="softmax",
         ),
     ),
     "deepseek-v2": Tiny(
@@ -517,6 +489,9 @@ MODELS: dict[str, Tiny] = {
             "deepseek_v2",
             **_LATENT | {"kv_lora_rank": 512},
             n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            topk_method="greedy",
             num_experts_per_tok=2,
             moe_intermediate_size=128,
             n_shared_experts=1,
@@ -538,7 +513,7 @@ MODELS: dict[str, Tiny] = {
         ),
         "bfloat16",
     ),
-    "mimo": Tiny("MiMo", _of("MiMoForCausalLM", "mimo")),
+    "mimo": Tiny("MiMo", _of("MiMoForCausalLM", "qwen2")),
     "mimo-v2": Tiny(
         "MiMo V2",
         _of(
@@ -556,6 +531,8 @@ MODELS: dict[str, Tiny] = {
             moe_layer_freq=[0, 0, 0, 0],
             add_swa_attention_sink_bias=True,
             partial_rotary_factor=0.334,
+            layernorm_epsilon=1e-5,
+            sliding_window_size=WINDOW,
             n_routed_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=128,
@@ -592,7 +569,7 @@ MODELS: dict[str, Tiny] = {
     "seed-oss": Tiny("Seed-OSS", _of("SeedOssForCausalLM", "seed_oss")),
     "smollm3": Tiny("SmolLM3", _of("SmolLM3ForCausalLM", "smollm3", no_rope_layers=[1, 1, 1, 0])),
     "arcee": Tiny("Arcee", _of("ArceeForCausalLM", "arcee", hidden_act="relu2")),
-    "apertus": Tiny("Apertus", _of("ApertusForCausalLM", "apertus", hidden_act="xielu")),
+    "apertus": Tiny("Apertus", _of("ApertusForCausalLM", "apertus", hidden_act="xielu"), "bfloat16"),
     "step3.5": Tiny(
         "Step 3.5",
         _of(
@@ -601,7 +578,7 @@ MODELS: dict[str, Tiny] = {
             num_attention_groups=2,
             sliding_window=WINDOW,
             layer_types=_FULL_AND_WINDOWS,
-            moe_layers_enum="",
+            moe_layers_enum="3",
             moe_num_experts=4,
             moe_top_k=2,
             moe_intermediate_size=128,
@@ -616,6 +593,12 @@ MODELS: dict[str, Tiny] = {
             "afmoe",
             **_EXPERTS,
             num_shared_experts=1,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=1.0,
+            mup_enabled=False,
+            n_group=1,
+            topk_group=1,
             num_dense_layers=1,
             sliding_window=WINDOW,
             global_attn_every_n_layers=2,
@@ -645,7 +628,6 @@ MODELS: dict[str, Tiny] = {
         ),
         "bfloat16",
     ),
-    "bert": Tiny("BERT", _of("BertModel", "bert", num_key_value_heads=..., head_dim=..., hidden_act="gelu")),
 }
 
 
