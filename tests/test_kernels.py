@@ -528,13 +528,13 @@ def check_kind(batch: Batch, max_query_len: int, num_sms: int = 8) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_sms"), [("all", 8), ("all", 1), ("window", 8), ("cap", 8), ("sinks", 8), ("sinks", 1)]
+    ("kind", "num_sms"), [("all", 8), ("all", 1), ("window", 8), ("cap", 8), ("sinks", 8)]
 )
 def test_decode_of_every_kind(kind, num_sms, device):
     """Windows that begin inside a chunk and at its edge, that cover a request, and an empty request."""
     attention = attention_of(kind, 64, 4, device)
     batch = make_batch(
-        page_for(K4V4, 64), [150, 53, 20, 0, 140], [1, 2, 1, 1, 3], torch.float16, device, 1, 4, padding=2,
+        page_for(K4V4, 64), [150, 53, 0, 140], [1, 2, 1, 3], torch.float16, device, 1, 4, padding=2,
         attention=attention,
     )  # fmt: skip
     check_kind(batch, 3, num_sms)
@@ -559,9 +559,9 @@ def test_decode_of_every_kind_and_format(preset, head_dim, block_size, dtype, ce
     attention = attention_of(kind, head_dim, 4, device)
     page = page_for(preset, head_dim, block_size)
     batch = make_batch(
-        page, [140, 17], [3, 1], dtype, device, 2, 2, "BLNHC", centred=centred, attention=attention
+        page, [140, 17], [2, 1], dtype, device, 2, 2, "BLNHC", centred=centred, attention=attention
     )
-    check_kind(batch, 3)
+    check_kind(batch, 2)
 
 
 @pytest.mark.slow

@@ -230,15 +230,16 @@ def attention_of(kind: str, device: torch.device, head_dim: int = 64) -> Attenti
     }[kind]
 
 
-PREFILLS = [(37, 60), (0, 50), (150, 33), (1, 18), (39, 17)]
-"""Contexts shorter than a window and longer, chunks that leave it and chunks that do not."""
+PREFILLS = [(22, 60), (0, 20), (150, 33)]
+"""Contexts shorter than a window and longer, chunks that leave it and one that does not."""
 
 
-@pytest.mark.parametrize("kind", ["all", "narrow", "wide"])
-@pytest.mark.parametrize("from_pages", [True, False])
-def test_prefill_of_every_kind(from_pages, kind, device):
+@pytest.mark.parametrize(
+    ("kind", "from_pages"), [("all", False), ("all", True), ("narrow", False), ("wide", False)]
+)
+def test_prefill_of_every_kind(kind, from_pages, device):
     page, attention = page_for(K4V4, 64), attention_of(kind, device)
-    case = make_case(page, [(70, 1)], PREFILLS, device, torch.float16, 24, attention, from_pages)
+    case = make_case(page, [(70, 1)], PREFILLS, device, torch.float16, 32, attention, from_pages)
     check(case)
 
 
@@ -253,11 +254,11 @@ def test_prefill_of_every_kind(from_pages, kind, device):
     ],
 )
 def test_chunks_are_read_off_the_pages(preset, head_dim, dtype, kind, device):
-    if device.type == "cpu" and head_dim == 128:
+    if device.type == "cpu" and (head_dim != 80 or kind != "all"):
         pytest.skip("only a GPU is fast enough for every format")
     attention = attention_of(kind, device, head_dim)
     case = make_case(
-        page_for(preset, head_dim, 32), [], PREFILLS[1:4], device, dtype, attention=attention, from_pages=True
+        page_for(preset, head_dim, 32), [], PREFILLS[:2], device, dtype, attention=attention, from_pages=True
     )
     case.key.fill_(float("nan"))
     check(case)

@@ -53,8 +53,9 @@ def dense_torch(
         logits = logits * scale
         if soft_cap is not None:
             logits = soft_cap * (logits / soft_cap).tanh()
-        token = torch.arange(logits.shape[2], device=query.device)
-        aligned = token.new_tensor(range(len(token) - logits.shape[1], len(token)))[:, None]
+        count, length = logits.shape[1:]
+        token = torch.arange(length, device=query.device)
+        aligned = torch.arange(length - count, length, device=query.device)[:, None]
         if causal:
             logits = logits.masked_fill(token > aligned, float("-inf"))
         if left is not None:
