@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cpu_cases import (
@@ -255,6 +256,15 @@ def test_a_sink_is_all_that_a_query_without_keys_has() -> None:
     out, lse = decode_from(case, starts)
     assert not out[:3].any() and out[3:5, :5].any(dim=-1).all()
     assert torch.equal(lse[:, :3], SINKS[:, None].expand(-1, 3))
+
+
+def test_exponentials_of_logits_below_the_largest() -> None:
+    from vllm_polarquant.kernels.cpu.read import exp
+
+    x = np.concatenate([np.linspace(-87, 0, 4001), [-1e-9, -87.1, -500, -2e30]]).astype(np.float32)
+    have = np.array([exp(number) for number in x])
+    assert np.abs(have - np.exp(x.astype(np.float64))).max() < 3e-7
+    assert have[x == 0] == 1 and not have[-3:].any()
 
 
 def test_parts_of_a_context_merge_by_their_lse() -> None:

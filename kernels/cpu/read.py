@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
 from vllm_polarquant.format import SEGMENT
 from vllm_polarquant.kernels.cpu.vectors import FP8, RAW
@@ -13,6 +14,50 @@ from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE, RADIUS_STRIDE
 
 _TILE = 64
 _NO_MASS = np.float32(-1e30)
+_MASKED = np.float32(-2e30)
+"""A logit that weighs nothing even where every logit so far is masked."""
+
+
+@intrinsic
+def _load(typingcontext, memory, at, dtype):
+    """The number of a dtype at byte `at` of memory uint8 [n], whether aligned or not, or past its end."""
+    result = dtype.dtype
+
+    def generate(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer = context.get_value_type(result).as_pointer()
+        number = builder.load(builder.bitcast(builder.gep(array.data, [args[1]]), pointer))
+        number.align = 1
+        return number
+
+    return result(memory, at, dtype), generate
+
+
+@intrinsic
+def _float_of_bits(typingcontext, bits):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.float32(types.uint32), generate
+
+
+@njit(cache=True)
+def exp(x):
+    """e^x of a float32 x <= 0 within 3e-7, and 0 below e^-87; unlike libm's, loops of it become vectors."""
+    power = x * np.float32(math.log2(math.e))
+    whole = np.float32(math.floor(power + np.float32(0.5)))
+    part = power - whole
+    # 2^part, of -.5 to .5, by its Taylor series.
+    y = np.float32(1.5403530e-4)
+    y = y * part + np.float32(1.3333558e-3)
+    y = y * part + np.float32(9.6181291e-3)
+    y = y * part + np.float32(5.5504109e-2)
+    y = y * part + np.float32(2.4022651e-1)
+    y = y * part + np.float32(6.9314718e-1)
+    y = y * part + np.float32(1)
+    exponent = np.int32(max(whole, np.float32(-126))) + np.int32(127)
+    scale = _float_of_bits(np.uint32(exponent) << np.uint32(23))
+    return y * scale if x > np.float32(-87) else np.float32(0)
 
 
 @njit(cache=True)
@@ -23,9 +68,9 @@ def _load_radii(memory, start, count, bits, centred):
     """
     some = np.uint32(0)
     for t in range(count):
-        at = start + RADIUS_STRIDE * t
-        bits[t] = np.uint32(memory[at]) << np.uint32(16) | np.uint32(memory[at + 1] & 0x7F) << np.uint32(24)
-        centred[t] = np.uint32(memory[at + 1] & 0x80)
+        radius = np.uint32(_load(memory, start + RADIUS_STRIDE * t, np.uint16))
+        bits[t] = (radius & np.uint32(0x7FFF)) << np.uint32(16)
+        centred[t] = radius & np.uint32(0x8000)
         some |= centred[t]
     return some != 0
 
@@ -50,41 +95,31 @@ def _load_tile(codes, count, reader, points, tile):
     d = tile.shape[1]
     half = d // 2
     lut = reader.lut
+    # Unsigned indices spare the loops Python's test for negative ones.
     if reader.kind == RAW:
         for t in range(count):
-            at = t * reader.code_bytes
             for j in range(d):
-                low, high = np.uint64(codes[at + 2 * j]), np.uint64(codes[at + 2 * j + 1])
-                tile[t, j] = lut[low | (high << np.uint64(8))]
+                tile[t, j] = lut[np.uint64(_load(codes, t * reader.code_bytes + 2 * j, np.uint16))]
         return
     if reader.kind == FP8:
         for t in range(count):
-            at = t * reader.code_bytes
             for j in range(d):
-                tile[t, j] = lut[np.uint64(codes[at + j])]
+                tile[t, j] = lut[np.uint64(_load(codes, t * reader.code_bytes + j, np.uint8))]
         return
-    pair_bits, state_bits = reader.pair_bits, reader.state_bits
-    before = np.uint64(pair_bits - state_bits)
+    pair_bits, state_bits = np.uint64(reader.pair_bits), np.uint64(reader.state_bits)
+    state_mask = (np.uint64(1) << state_bits) - np.uint64(1)
+    mask = (np.uint64(1) << (pair_bits + state_bits)) - np.uint64(1)
     for t in range(count):
-        at = t * reader.code_bytes
-        # Unsigned indices spare the loops Python's test for negative ones: three times faster.
-        if pair_bits == 8:
-            last = np.uint64(0)
-            for j in range(half):
-                code = np.uint64(codes[at + j])
-                points[j] = lut[(code << np.uint64(state_bits)) | (last >> before)]
-                last = code
-        else:
-            mask = np.uint64((1 << (pair_bits + state_bits)) - 1)
-            word = np.uint64(0)
-            for group in range(half // 8):
-                # The top bits of the last code stay, below those of the next eight.
-                word >>= np.uint64(8 * pair_bits)
-                for b in range(pair_bits):
-                    byte = np.uint64(codes[at + group * pair_bits + b])
-                    word |= byte << np.uint64(8 * b + state_bits)
-                for j in range(8):
-                    points[group * 8 + j] = lut[(word >> np.uint64(pair_bits * j)) & mask]
+        # The top bits of the code before.
+        state = np.uint64(0)
+        for group in range(half // 8):
+            # Eight codes. What else the word holds, the next bytes of the page, is masked out.
+            word = _load(codes, t * reader.code_bytes + group * reader.pair_bits, np.uint64)
+            first = np.uint64(8 * group)
+            points[first] = lut[(word << state_bits | state) & mask]
+            for j in range(np.uint64(1), np.uint64(8)):
+                points[first + j] = lut[(word >> (pair_bits * j - state_bits)) & mask]
+            state = word >> (pair_bits * np.uint64(8) - state_bits) & state_mask
         for j in range(half):
             tile[t, j] = points[j] << np.uint32(16)
         for j in range(half):
@@ -174,9 +209,9 @@ def attend(
                         weights[row, t] = soft_cap * math.tanh(weights[row, t] / soft_cap)
                 past = length - count + token + 1
                 for t in range(min(max(visible, past - window) - start, step)):
-                    weights[row, t] = _NO_MASS
+                    weights[row, t] = _MASKED
                 for t in range(max(0, past - start), step):
-                    weights[row, t] = _NO_MASS
+                    weights[row, t] = _MASKED
                 before = split_max[split, first + token, head * group + member]
                 top = before
                 for t in range(step):
@@ -184,10 +219,7 @@ def attend(
                 shrink = np.float32(math.exp(before - top))
                 total = np.float32(0)
                 for t in range(step):
-                    # A masked logit must weigh nothing even where every logit so far is masked.
-                    weight = np.float32(0)
-                    if weights[row, t] > _NO_MASS / 2:
-                        weight = np.float32(math.exp(weights[row, t] - top))
+                    weight = exp(weights[row, t] - top)
                     weights[row, t] = weight
                     total += weight
                 sum_before = split_sum[split, first + token, head * group + member]
