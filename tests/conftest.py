@@ -26,7 +26,10 @@ sys.path.append(str(Path(__file__).parent))
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all cases but the first of each interpreted kernel test: seconds for every case."""
+    """Mark as slow all cases but the first of each interpreted kernel test, and begin with slow files.
+
+    Each interpreted case takes seconds. A slow file that came last would leave a core idle.
+    """
     seen = set()
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -35,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if test in seen:
                 item.add_marker(pytest.mark.slow)
             seen.add(test)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
