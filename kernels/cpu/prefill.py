@@ -144,12 +144,12 @@ def _capped(
     q = query.float().unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
     logits = (q * (scale / soft_cap)).flatten(1, 2) @ key.float().permute(1, 2, 0)
     logits = logits.tanh_().mul_(soft_cap).unflatten(1, q.shape[1:3]).add_(mask)
-    lse = logits.logsumexp(-1, keepdim=True)
-    out = logits.sub_(lse).exp_().flatten(1, 2) @ value.float().transpose(0, 1)
-    return (
-        out.view(q.shape).permute(2, 0, 1, 3).flatten(1, 2),
-        lse[..., 0].permute(2, 0, 1).flatten(1, 2),
-    )
+    top = logits.amax(-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = (weights.flatten(1, 2) @ value.float().transpose(0, 1)).view(q.shape) / total
+    lse = (top + total.log())[..., 0]
+    return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
 
 def _merge(
