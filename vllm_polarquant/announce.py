@@ -1,9 +1,8 @@
-"""What an engine's cache is: one line in its log, and what only all of its layers together can be refused for.
+"""What an engine's cache is, in one line of its log; refusals that only all layers together can show.
 
 The engine core asks each worker for its layers (`of_worker`), so that there is one line an engine, whatever
-its ranks, groups of layers and draft models are. How many times more tokens fit is counted as vLLM counts: the
-layers' own specs, once as they are and once as `auto` would have them, with vLLM's groups, padding and block
-sizes in the same memory.
+its ranks, groups of layers and draft models are. How many times the tokens of `auto` fit is counted as vLLM
+counts: by the specs that the same layers would have, in vLLM's groups and block sizes, in the same memory.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Kind = Literal["quantised", "native", "state", "shared"]
 class Layer:
     """One layer as one device holds it.
 
-    kind: ``quantised``, ``native`` (16 bits), ``state`` (of fixed size) or ``shared`` (another layer's cache).
+    kind: ``quantised``, ``native`` (16 bits), ``state`` (of fixed size) or ``shared`` (another's cache).
     dtype: as the layer has it. token_bytes: of one token, where there are tokens.
     own_backend: the class that the model brings, where that is to read our dtype.
     """
@@ -119,7 +118,7 @@ def announce(executor: Any) -> None:
 
 
 def line(config: Any, ranks: list[Rank]) -> str:
-    """Dtype, bytes, tokens that fit and how many times those of `auto` they are, and which layers are which."""
+    """Dtype, bytes, tokens that fit, how many times those of `auto` they are, which layers are which."""
     layers = _joined(rank.layers for rank in ranks)
     mine = [layer for layer in layers.values() if layer.kind == "quantised"]
     cached = [layer for layer in layers.values() if layer.kind in ("quantised", "native")]

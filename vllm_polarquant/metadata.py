@@ -6,9 +6,7 @@ from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -22,9 +20,7 @@ from vllm_polarquant.compat import hide_numba
 from vllm_polarquant.kernels.ops import Batch, Plan
 from vllm_polarquant.layer import PolarQuantImpl
 from vllm_polarquant.page import Page
-from vllm_polarquant.support import SPLIT_SHARING, ranges, refuse
-
-logger = init_logger("vllm.polarquant")
+from vllm_polarquant.support import SPLIT_SHARING, refuse
 
 
 class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
@@ -44,7 +40,6 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
         impls = _share_caches(vllm_config, layer_names)
         impl = impls[0]
         page = Page(impl.shape.slot, kv_cache_spec.block_size)
-        _log_layers(vllm_config, page, impl, layer_names)
         # Captured graphs read what it plans into, so it stays.
         self.planner = impl.ops.planner({each.attention.window for each in impls})
         if current_platform.is_cpu():
@@ -119,20 +114,3 @@ def _kind(impl: PolarQuantImpl) -> tuple[object, ...]:
     """What makes kernels differ between layers of one shape."""
     attention = impl.attention
     return attention.window, attention.soft_cap, attention.sinks is None, impl.from_pages
-
-
-def _log_layers(vllm_config: VllmConfig, page: Page, impl: PolarQuantImpl, layer_names: list[str]) -> None:
-    """One line at start-up: preset, bytes a token, ratio, and which layers are which."""
-    every = get_layers_from_vllm_config(vllm_config, Attention)
-    layer_names = [name for name in layer_names if every[name].kv_sharing_target_layer_name is None]
-    native = [name for name, layer in every.items() if layer.kv_cache_dtype == "auto"]
-    slot, heads, layers = page.slot, impl.num_kv_heads, len(layer_names)
-    identity = page.cache_id(impl.ops.order)
-    line = (
-        f"{slot.preset} (page format {identity}): {slot.nbytes} bytes a token a kv head, "
-        f"{slot.nbytes * heads * layers} bytes a token in {layers} layers x {heads} kv heads, "
-        f"{slot.ratio:.2f}x the tokens of 16-bit floats; "
-        f"quantised layers: {ranges([extract_layer_index(n) for n in layer_names])}; "
-        f"native layers: {ranges([extract_layer_index(n) for n in native]) or 'none'}"
-    )
-    logger.info_once("%s", line)
