@@ -6,7 +6,9 @@ one here, and that backend's page specification says how many bytes it takes.
 
 from __future__ import annotations
 
+import difflib
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,6 +47,24 @@ def vllm_names() -> list[str]:
     from vllm.config.cache import CacheDType
 
     return [name for name in typing.get_args(CacheDType) if not is_polar_dtype(name)]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for the first name that neither this package nor vLLM has."""
+    known = [BASELINE, *PRESETS]
+    for name in names:
+        if is_polar_dtype(name) or name == BASELINE:
+            continue
+        # vLLM takes seconds to import: it is asked only about names that could be its own.
+        if not name.startswith("polarquant"):
+            known = [*vllm_names(), *PRESETS]
+        if bare(name) not in known or (bare(name) != name and not is_turboquant(name)):
+            close = difflib.get_close_matches(name, known, 1, 0.4)
+            raise ValueError(
+                f"no --kv-cache-dtype {name!r}; did you mean {close[0]}?"
+                if close
+                else f"no --kv-cache-dtype {name!r}; there are {', '.join(known)}"
+            )
 
 
 def _backend(name: str, head_dim: int) -> Any:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from vllm_polarquant import __version__
+from vllm_polarquant.eval.files import write_text
 from vllm_polarquant.eval.measures import Outcome
 from vllm_polarquant.eval.suites import Cell
 from vllm_polarquant.format import FORMAT_VERSION
@@ -105,9 +106,7 @@ def write(folder: Path, key: dict[str, Any], outcome: Outcome, seconds: float) -
         np.savez_compressed(part, **outcome.arrays)  # type: ignore[arg-type]
         os.replace(part, folder / f"{name}.npz")
     text = json.dumps({"key": key, "seconds": round(seconds, 2), "summary": outcome.summary}, indent=1)
-    part = folder / f"{name}.part.json"
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, folder / f"{name}.json")
+    write_text(folder / f"{name}.json", text + "\n")
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:

@@ -19,8 +19,9 @@ from rich.table import Table
 from vllm_polarquant.check import ConfigError
 from vllm_polarquant.eval import dtypes, isolate, results
 from vllm_polarquant.eval.accuracy.collect import model_shape, note_run
-from vllm_polarquant.eval.command import FAILED, fail
+from vllm_polarquant.eval.command import FAILED, end_on_sigterm, fail
 from vllm_polarquant.eval.dtypes import BASELINE
+from vllm_polarquant.eval.files import locked
 from vllm_polarquant.eval.plan import NO_BASELINE, PROBE, Plan, run_dtype
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import load_suite, suite_names
@@ -84,6 +85,8 @@ def _engine_options(text: str) -> dict[str, Any]:
 def _gpus(text: str) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each dtype that runs at a time; of one that inherits it, if none are named."""
     groups = [group.strip().replace("+", ",") for group in text.split(",") if group.strip()]
+    if any(name[:1] in ("", "-") for group in groups for name in group.split(",")):
+        fail(COMMAND, f"--gpus {text}: name GPUs as in 0,1,2,3 or 0+1,2+3")
     numbers = [int(name) for group in groups for name in group.split(",") if name.isdecimal()]
     if numbers:
         import torch
@@ -121,7 +124,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results; what is finished there is kept.")] = Path(
         "eval-results"
     ),
-    seed: Annotated[int, typer.Option(help="Of the engine.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the engine.", min=0)] = 0,
     engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
     gpus: Annotated[
         str,
@@ -132,7 +135,8 @@ def main(
     ] = "",
     only: Annotated[str, typer.Option(help="Cells of the suite to run, comma-separated; else all.")] = "",
     limit: Annotated[
-        int | None, typer.Option(help="Documents of each lm-eval task, in place of the suite's number.")
+        int | None,
+        typer.Option(help="Documents of each lm-eval task, in place of the suite's number.", min=1),
     ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Apply the chat template in lm-eval's tasks.")
@@ -145,7 +149,11 @@ def main(
 
     Exits with 0 if every cell has a result, 1 if some failed and 2 if the input is wrong.
     """
-    names = list(dict.fromkeys([BASELINE, *filter(None, map(str.strip, kv_cache_dtypes.split(",")))]))
+    end_on_sigterm(COMMAND)
+    asked = [*filter(None, map(str.strip, kv_cache_dtypes.split(",")))]
+    if not asked:
+        fail(COMMAND, f"--kv-cache-dtypes {kv_cache_dtypes!r} names no dtype")
+    names = list(dict.fromkeys([BASELINE, *asked]))
     left_out: dict[str, str] = {}
     if dtypes.ALL in names:
         try:
@@ -153,6 +161,10 @@ def main(
         except (ConfigError, RuntimeError) as problem:
             fail(COMMAND, problem)
         names = [name for name in dict.fromkeys([*names, *found_here]) if name != dtypes.ALL]
+    try:
+        dtypes.check_names(names)
+    except ValueError as problem:
+        fail(COMMAND, problem)
     options = _engine_options(engine)
     given = {"limit": limit, "chat": chat, "think_end": think_end}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -165,10 +177,21 @@ def main(
     places = _gpus(gpus)
     plan = Plan(_model(model), names, suite, cells, options, seed, out, changes)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            failures = _measure(plan, places, left_out)
     except OSError as problem:
         fail(COMMAND, f"--out {out}: {problem}")
+    for name, why in left_out.items():
+        typer.echo(f"left out: {name}: {why}", err=True)
+    for (dtype, name), why in failures.items():
+        typer.echo(f"failed: {dtype}, {name}: {why}", err=True)
+    if failures:
+        raise typer.Exit(FAILED)
 
+
+def _measure(plan: Plan, places: list[str], left_out: dict[str, str]) -> dict[tuple[str, str], str]:
+    """Run every cell that has no result yet, print the tables, and say why cells have none."""
+    names, cells = plan.dtypes, plan.cells
     console = Console(width=None if sys.stdout.isatty() else 160)
     failures: dict[tuple[str, str], str] = {}
     bars: tuple[Any, ...] = (
@@ -198,7 +221,7 @@ def main(
 
     # What a report says of cells without results, should this run not come to its end.
     unfinished = {(dtype, cell.name): CUT_SHORT for dtype in names for cell in plan.missing(dtype)}
-    note_run(out, left_out, unfinished)
+    note_run(plan.folder, left_out, unfinished)
     with Progress(*bars, console=Console(stderr=True)) as progress, ThreadPoolExecutor(len(places)) as pool:
         try:
             # The others are compared with the baseline while they run.
@@ -210,10 +233,5 @@ def main(
             raise
     for shown in tables(plan):
         console.print(shown)
-    note_run(out, left_out, failures)
-    for name, why in left_out.items():
-        typer.echo(f"left out: {name}: {why}", err=True)
-    for (dtype, name), why in failures.items():
-        typer.echo(f"failed: {dtype}, {name}: {why}", err=True)
-    if failures:
-        raise typer.Exit(FAILED)
+    note_run(plan.folder, left_out, failures)
+    return failures

@@ -85,6 +85,7 @@ def filled(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page(filled: Path, tmp_path: Path) -> str:
+    (tmp_path / "docs").mkdir()
     result = invoke(filled, "--out", tmp_path / "docs" / "accuracy")
     assert result.exit_code == 0, result.stderr
     return (tmp_path / "docs" / "accuracy.md").read_text()
@@ -136,7 +137,8 @@ def test_plots_are_small_and_a_page_is_made_again_from_its_json_alone(
     assert set(before) == {"accuracy.json", "accuracy.md", *shown}
     kept = tmp_path / "kept.json"
     kept.write_bytes(before["accuracy.json"])
-    shutil.rmtree(docs)
+    for path in docs.iterdir():
+        path.unlink()
     shutil.rmtree(filled)
     result = invoke("--render", kept, "--out", docs / "accuracy")
     assert result.exit_code == 0, result.stderr
@@ -164,7 +166,8 @@ def test_what_failed_or_is_damaged_is_named_and_the_rest_is_shown(filled: Path, 
     gone.write_text(gone.read_text()[:100])
     note_run(filled, {"nvfp4": "no attention backend"}, {("turboquant_3bit_nc", "text"): "it broke"})
     result = invoke(filled, "--out", tmp_path / "accuracy")
-    assert result.exit_code == 0
+    # The page is there, and lacks what the damaged file had.
+    assert result.exit_code == 1
     page = (tmp_path / "accuracy.md").read_text()
     left = table(page, "Not in the tables")
     assert left["turboquant_3bit_nc, text"]["why"] == "it broke"
@@ -191,6 +194,63 @@ def test_bad_input_is_named(filled: Path, tmp_path: Path, spoil: Any, words: str
     result = invoke(filled, "--out", tmp_path / "accuracy")
     assert result.exit_code == 2 and words in result.stderr
     assert not list(tmp_path.glob("accuracy*"))
+
+
+def damage(folder: Path, pattern: str, **changes: Any) -> Path:
+    """A result whose fields are others' now, or that ends in the middle if there are none."""
+    path = next(iter(sorted(folder.glob(pattern))))
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | changes) if changes else whole[:100])
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"key": []}, {"key": {"model": 3}}, {"summary": {"perplexity": "eight"}}, {"summary": {"kl": None}}],
+    ids=str,
+)
+def test_a_damaged_result_is_left_out_and_said(filled: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = damage(filled, "text--fp8--*.json", **changes)
+    result = invoke(filled, "--out", tmp_path / "accuracy")
+    assert result.exit_code == 1, result.exception
+    assert f"not in the tables: {path.name}: damaged" in result.stderr
+
+
+def test_a_damaged_baseline_is_named(filled: Path, tmp_path: Path) -> None:
+    gone = [damage(filled, "text--auto--*.json"), damage(filled, "retrieval--auto--*.json")]
+    result = invoke(filled, "--out", tmp_path / "accuracy")
+    assert result.exit_code == 2 and "no results of auto, the baseline" in result.stderr
+    for path in gone:
+        assert f"{path.name} is damaged: delete it" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"failed": [{"dtype": "fp8"}]}', '{"left_out": 3}'])
+def test_a_half_written_note_of_the_run_is_said(filled: Path, tmp_path: Path, text: str) -> None:
+    (filled / "run.json").write_text(text)
+    result = invoke(filled, "--out", tmp_path / "accuracy")
+    assert result.exit_code == 1, result.exception
+    assert "not in the tables: run.json: damaged" in result.stderr
+
+
+def test_a_report_goes_only_where_there_is_a_folder(filled: Path, tmp_path: Path) -> None:
+    result = invoke(filled, "--out", tmp_path / "no" / "dir" / "x")
+    assert result.exit_code == 2 and "there is no folder" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cells": 3}, {"shape": []}, {"dtypes": 4}, {"cells": {"a": 3}}, {"missing": [1]}], ids=str
+)
+def test_a_report_of_wrong_types_is_not_drawn_again(
+    filled: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert invoke(filled, "--out", tmp_path / "accuracy").exit_code == 0
+    spoilt = tmp_path / "spoilt.json"
+    spoilt.write_text(json.dumps(json.loads((tmp_path / "accuracy.json").read_text()) | changes))
+    result = invoke("--render", spoilt, "--out", tmp_path / "again")
+    assert result.exit_code == 2, result.exception
+    assert str(spoilt) in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("again*"))
 
 
 def test_a_model_without_a_config_and_a_bad_json_are_named(filled: Path, tmp_path: Path) -> None:

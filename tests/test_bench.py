@@ -16,8 +16,10 @@ import pytest
 import torch
 import typer
 from engine_runs import MODEL, child_env
+from typer.testing import CliRunner
 
 from vllm_polarquant.eval.bench import (
+    cpu,
     engine,
     engine_page,
     engine_worker,
@@ -27,6 +29,7 @@ from vllm_polarquant.eval.bench import (
     kernel_worker,
     kernels,
     ours,
+    parallel,
 )
 from vllm_polarquant.eval.bench.grid import CENTRE, PEERS, Case, default_cases, jobs, parse_decode, tiny_cases
 from vllm_polarquant.eval.bench.kernel_worker import Bench
@@ -80,7 +83,7 @@ def test_write_makes_all_three_files(tmp_path: Path) -> None:
     panel = panels.Panel("speed", "x", ["one", "two"], {"ours": [1.0, None], "lost": [None, None]}, line=1.0)
     section = page.Section("Decode", ["shape", "us"], [["8 x 1k", "5"]], note="A note.", panels=[panel])
     found = {"environment": {"device": "GPU 1"}, "command": "run --this"}
-    lines = page.write(tmp_path / "deep" / "v1.2", "Title", found, [section])
+    lines = page.write(tmp_path / "v1.2", "Title", found, [section])
     assert [Path(line).name for line in lines] == ["v1.2.json", "v1.2.md", "v1.2.png"]
     assert json.loads(Path(lines[0]).read_text()) == found
     text = Path(lines[1]).read_text()
@@ -96,6 +99,59 @@ def test_write_says_how_to_draw_later_without_matplotlib(tmp_path: Path, monkeyp
     lines = page.write(tmp_path / "r", "Title", {"environment": {}, "command": ""}, [section])
     assert "--render" in lines[2]
     assert (tmp_path / "r.md").exists() and not (tmp_path / "r.png").exists()
+
+
+def invoke(command: Any, *arguments: object) -> Any:
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.mark.parametrize("command", [engine.main, kernels.main])
+def test_a_report_that_is_none_is_not_drawn(command: Any, tmp_path: Path) -> None:
+    file = tmp_path / "old.json"
+    for text in ("", "{", "[]", "{}", '{"environment": {}, "command": "", "runs": 3, "cells": 3, "plan": 1}'):
+        file.write_text(text)
+        result = invoke(command, "--render", file, "--out", tmp_path / "new")
+        assert result.exit_code == 2 and "old.json" in result.stderr, result.exception
+    result = invoke(command, "--render", tmp_path / "none.json", "--out", tmp_path / "new")
+    assert result.exit_code == 2 and "none.json" in result.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("command", [engine.main, kernels.main, parallel.main])
+def test_a_folder_that_is_missing_is_named_before_anything_is_measured(
+    command: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command, "--out", "no/dir")
+    assert result.exit_code == 2 and "there is no folder" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (engine.main, ["--ttft", "abc"]),
+        (engine.main, ["--full-memory", "-1"]),
+        (engine.main, ["--max-seqs", "-1"]),
+        (engine.main, ["--limit", "-1"]),
+        (engine.main, ["--keep"]),
+        (kernels.main, ["--device", "cpu", "--budget-ms", "-1"]),
+        (kernels.main, ["--device", "cpu", "--keep"]),
+        (cpu.main, ["--batches", "a"]),
+        (cpu.main, ["--context", "0"]),
+        (cpu.main, ["--preset", "polarquant_k9v9"]),
+    ],
+    ids=lambda value: value.__module__ if callable(value) else " ".join(value),
+)
+def test_benchmarks_name_bad_input(
+    command: Any, arguments: list[str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke(command, *arguments)
+    assert result.exit_code == 2 and result.stderr, result.exception
+    assert not list(tmp_path.iterdir())
 
 
 def test_gpu_state_reads_a_line_of_nvidia_smi() -> None:

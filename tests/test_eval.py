@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +21,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_polarquant.eval import demo, isolate, results, run
+from vllm_polarquant.eval import demo, files, isolate, results, run
 from vllm_polarquant.eval import plan as plans
 from vllm_polarquant.eval.cli import app
 from vllm_polarquant.eval.measures import MEASURES, Outcome
@@ -447,6 +450,19 @@ def test_dtypes_are_spread_over_gpus_after_the_baseline(
         (["probe", "--only", "text,texts"], "local.json has no cell 'texts'; it has text, retrieval, greedy"),
         (["probe", "--engine", "{"], "is not JSON"),
         (["probe", "--engine", "3"], "is not a JSON object"),
+        (["probe", "--kv-cache-dtypes", ""], "names no dtype"),
+        (["probe", "--kv-cache-dtypes", "auto,polarquant_k4v5"], "did you mean polarquant_k4v4?"),
+        (["probe", "--kv-cache-dtypes", "polarquant_k4v4@every-layer"], "no --kv-cache-dtype"),
+        (["probe", "--limit", "-1"], "--limit"),
+        (["probe", "--limit", "0"], "--limit"),
+        (["probe", "--seed", "-1"], "--seed"),
+        (["probe", "--gpus", "-1"], "name GPUs as in"),
+        (["hard-keys", "--edits", ""], "--edits '' names none"),
+        (["hard-keys", "--kv-cache-dtypes", ""], "--kv-cache-dtypes '' names none"),
+        (["hard-keys", "--kv-cache-dtypes", "polarquant"], "no --kv-cache-dtype"),
+        (["hard-keys", "--rows", "-1"], "--rows"),
+        (["hard-keys", "--episodes", "-1"], "--episodes"),
+        (["hard-keys", "--layers", "9"], "layers 0 to 4"),
     ],
 )
 def test_command_names_bad_input(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -454,6 +470,85 @@ def test_command_names_bad_input(arguments: list[str], words: str, tmp_path: Pat
     assert result.exit_code == 2
     assert words in result.stderr
     assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.parametrize("command", [["probe"], ["hard-keys", "--edits", "bias"]])
+def test_two_runs_do_not_write_into_one_folder(command: list[str], tmp_path: Path) -> None:
+    with files.locked(tmp_path / "out"):
+        result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "another run writes into it" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [files.LOCK]
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    result = CliRunner().invoke(app, ["probe", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "--out" in result.stderr
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.md"
+    files.write_text(path, "one")
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="no space"):
+        files.write_text(path, "two")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
+# A run whose worker starts a process of its own and then says nothing more.
+STUCK_RUN = """
+import sys
+from vllm_polarquant.eval import plan
+from vllm_polarquant.eval.cli import app
+worker = '''
+import subprocess, time
+sleeper = subprocess.Popen(["sleep", "600"])
+open(PIDS, "w").write(str(sleeper.pid))
+time.sleep(600)
+'''
+plan.WORKER[:] = [sys.executable, "-c", worker.replace("PIDS", repr(sys.argv[1]))]
+app(["probe", "--only", "greedy", "--out", sys.argv[2]])
+"""
+
+
+def test_sigterm_ends_a_run_with_its_workers_and_leaves_whole_files(tmp_path: Path) -> None:
+    pids, out = tmp_path / "pids", tmp_path / "out"
+    run_ = subprocess.Popen(
+        [sys.executable, "-c", STUCK_RUN, str(pids), str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for _ in range(1200):
+            if pids.exists() and pids.read_text():
+                break
+            assert run_.poll() is None
+            time.sleep(0.1)
+        run_.send_signal(signal.SIGTERM)
+        _, said = run_.communicate(timeout=60)
+    finally:
+        run_.kill()
+    assert run_.returncode == 128 + signal.SIGTERM
+    assert "polarquant-eval: ended by SIGTERM" in said and "Traceback" not in said
+    for _ in range(100):
+        try:
+            os.kill(int(pids.read_text()), 0)
+        except ProcessLookupError:
+            break
+        # Its parent has gone, and whoever takes orphans on reaps it.
+        if Path(f"/proc/{pids.read_text()}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the worker's process lives on")
+    left = json.loads((out / "run.json").read_text())["failed"]
+    assert {"dtype": "auto", "cell": "greedy", "reason": run.CUT_SHORT} in left
+    assert not [path for path in out.rglob("*") if ".part" in path.name]
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

@@ -9,17 +9,19 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm_polarquant.check import ConfigError, Shape, read_config, read_shape
 from vllm_polarquant.eval import dtypes, results
 from vllm_polarquant.eval.dtypes import BASELINE
+from vllm_polarquant.eval.files import write_text
 from vllm_polarquant.eval.measures import MEASURES
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report.page import Report
 from vllm_polarquant.format import is_polar_dtype
 
 RUN_FILE = "run.json"
+DAMAGED = "damaged: delete it and run again"
 
 _IDENTITY = ("model", "model_fingerprint", "versions", "seed")
 _PER_ITEM = ("items", "same_tokens")
@@ -37,7 +39,7 @@ def note_run(folder: Path, left_out: dict[str, str], failures: dict[tuple[str, s
         "left_out": left_out,
         "failed": [{"dtype": dtype, "cell": cell, "reason": why} for (dtype, cell), why in failures.items()],
     }
-    (folder / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / RUN_FILE, json.dumps(run, indent=1) + "\n")
 
 
 def model_shape(model: str, config: Path | None = None) -> Shape:
@@ -61,6 +63,22 @@ def model_shape(model: str, config: Path | None = None) -> Shape:
         raise ConfigError(f"no config.json of {model} here; name its folder with --config") from None
 
 
+def _is_key(key: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it says of a result what a report needs."""
+    if not isinstance(key, dict) or not isinstance(key.get("versions"), dict):
+        return False
+    texts = [key.get(name) for name in ("model", "kv_cache_dtype", "cell", "measure")]
+    return set(_IDENTITY) <= set(key) and all(isinstance(text, str) for text in texts)
+
+
+def _can_be_shown(measure: str, cell: dict[str, Any]) -> bool:
+    try:
+        MEASURES[measure].columns(cell["summary"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
+
+
 def _load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Finished cells of a folder, oldest first, and what is wrong with the other files."""
     found, problems = [], {}
@@ -68,13 +86,14 @@ def _load(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
         if ".part." in path.name:
             continue
         cell = results.read(folder, path.name.removesuffix(".json"))
-        key = cell.get("key") if cell else None
-        if not isinstance(key, dict) or not {*_IDENTITY, "kv_cache_dtype", "cell", "measure"} <= set(key):
-            problems[path.name] = "damaged: delete it and run again"
+        key = cell and cell.get("key")
+        if cell is None or not _is_key(key):
+            problems[path.name] = DAMAGED
         elif key["measure"] not in MEASURES:
             problems[path.name] = f"of a measure {key['measure']!r} that this version does not have"
+        elif not _can_be_shown(key["measure"], cell):
+            problems[path.name] = DAMAGED
         else:
-            assert cell is not None
             found.append(cell | {"stem": path.name.removesuffix(".json"), "time": path.stat().st_mtime})
     return sorted(found, key=lambda cell: (cell["time"], cell["stem"])), problems
 
@@ -135,9 +154,10 @@ def collect(folder: Path, model: str | None = None, config: Path | None = None) 
     cells, notes = _one_set(loaded, model)
     stems = {cell["stem"] for cell in cells}
     if not any(cell["key"]["kv_cache_dtype"] == BASELINE for cell in cells):
+        damaged = "".join(f"; {name} is {why}" for name, why in problems.items())
         raise ReportError(
             f"no results of {BASELINE}, the baseline, among the newest in {folder}: "
-            f"{_named(cells[-1]['key'])}; run polarquant-eval with these versions again"
+            f"{_named(cells[-1]['key'])}{damaged}; run polarquant-eval with these versions again"
         )
     key = cells[-1]["key"]
     shape = model_shape(key["model"], config)
@@ -163,6 +183,9 @@ def collect(folder: Path, model: str | None = None, config: Path | None = None) 
     ranked = sorted(names, key=lambda n: (n != BASELINE, -(names[n]["bytes"] or math.inf), n))
     day = datetime.fromtimestamp(max(cell["time"] for cell in cells), UTC).date()
     run = _read_run(folder)
+    if run is None:
+        problems[RUN_FILE] = DAMAGED
+        run = {}
     have = {(dtype, name) for name, part in parts.items() for dtype in part["summaries"]}
     missing = {
         f"{failure['dtype']}, {failure['cell']}": failure["reason"]
@@ -181,12 +204,18 @@ def collect(folder: Path, model: str | None = None, config: Path | None = None) 
     }
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
+def _read_run(folder: Path) -> dict[str, Any] | None:
+    """What `note_run` kept: nothing where it was not called, None where the file is damaged."""
     try:
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return run if isinstance(run, dict) else {}
-    except (OSError, ValueError):
+        for failure in run.get("failed", ()):
+            failure["dtype"], failure["cell"], failure["reason"]
+        dict(run.get("left_out", {}))
+        return dict(run)
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None
 
 
 def read_report(path: Path) -> Report:
@@ -197,7 +226,10 @@ def read_report(path: Path) -> Report:
     needed = {"environment", "command", "shape", "dtypes", "cells", "missing", "problems", "notes"}
     if not isinstance(found, dict) or not needed <= set(found):
         raise ReportError(f"--render {path} is not what polarquant-eval report writes")
-    unknown = {part["measure"] for part in found["cells"].values()} - set(MEASURES)
+    try:
+        unknown = {part["measure"] for part in found["cells"].values()} - set(MEASURES)
+    except (AttributeError, KeyError, TypeError):
+        raise ReportError(f"--render {path} is not what polarquant-eval report writes") from None
     if unknown:
         raise ReportError(f"--render {path}: this version has no measure {', '.join(sorted(unknown))}")
     return found

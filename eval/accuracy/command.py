@@ -15,7 +15,8 @@ import typer
 from vllm_polarquant.check import ConfigError
 from vllm_polarquant.eval.accuracy.collect import ReportError, collect, read_report
 from vllm_polarquant.eval.accuracy.page import distortion_of, write
-from vllm_polarquant.eval.command import fail
+from vllm_polarquant.eval.command import FAILED, fail
+from vllm_polarquant.eval.report.page import Report, check_stem
 
 
 def main(
@@ -32,16 +33,17 @@ def main(
 ) -> None:
     """Make one page and plots of a folder of results: accuracy against bytes a token for every dtype.
 
-    Exits with 2 if there is nothing to show.
+    Exits with 1 if what is shown lacks a damaged file's, and with 2 if there is nothing to show.
     """
     try:
+        check_stem(out)
         if render is not None:
             found = read_report(render)
         else:
             found = collect(folder, model, config)
             if vectors:
                 found["distortion"] = distortion_of(found["shape"]["head_dim"], vectors)
-        paths = write(out, found)
+        paths = _written(out, found, render or folder)
     except (ReportError, ConfigError, OSError) as problem:
         fail("polarquant-eval report", problem)
     for name, why in (found["missing"] | found["problems"]).items():
@@ -50,3 +52,12 @@ def main(
         typer.echo(note, err=True)
     for path in paths:
         typer.echo(path)
+    if found["problems"]:
+        raise typer.Exit(FAILED)
+
+
+def _written(out: Path, found: Report, source: Path) -> list[str]:
+    try:
+        return write(out, found)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as problem:
+        raise ReportError(f"{source} is not what polarquant-eval writes: {problem!r}") from None

@@ -11,6 +11,7 @@ from vllm_polarquant.eval import dtypes
 from vllm_polarquant.eval.accuracy.plots import CAPTION, draw
 from vllm_polarquant.eval.accuracy.verdicts import verdicts
 from vllm_polarquant.eval.dtypes import BASELINE
+from vllm_polarquant.eval.files import write_text
 from vllm_polarquant.eval.measures import MEASURES
 from vllm_polarquant.eval.report.page import Report, Section, markdown, path_of, save
 
@@ -137,9 +138,11 @@ def sections(found: Report, plots: dict[str, str]) -> list[Section]:
 
 def write(stem: Path, found: Report) -> list[str]:
     """Write STEM.json, STEM.md and STEM-*.png; their paths."""
+    # What no page can be made of fails before anything is written.
+    sections(found, {})
     saved = save(stem, found)
     drawn = draw(stem, found)
     page = path_of(stem, "md")
     names = {kind: path.name for kind, path in drawn.items()}
-    page.write_text(markdown(TITLE, found, sections(found, names)), encoding="utf-8")
+    write_text(page, markdown(TITLE, found, sections(found, names)))
     return [str(path) for path in (saved, page, *drawn.values())]

@@ -24,7 +24,8 @@ from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
 from vllm_polarquant.eval.bench.ours import dense_torch
-from vllm_polarquant.format import DEFAULT_PRESET, Slot
+from vllm_polarquant.eval.report.environment import numbers
+from vllm_polarquant.format import DEFAULT_PRESET, PRESETS, Slot
 from vllm_polarquant.kernels.ops import Batch, LayerShape, Limits, operations
 from vllm_polarquant.page import Page
 
@@ -120,14 +121,16 @@ def measure(preset: str, batch: int, context: int, turns: int) -> Timing:
 def main(
     preset: Annotated[str, typer.Option(help="A polarquant dtype.")] = DEFAULT_PRESET,
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,16",
-    context: Annotated[int, typer.Option(help="Tokens every request has.")] = 4096,
-    turns: Annotated[int, typer.Option(help="Calls of each operator.")] = 50,
+    context: Annotated[int, typer.Option(help="Tokens every request has.", min=1)] = 4096,
+    turns: Annotated[int, typer.Option(help="Calls of each operator.", min=1)] = 50,
 ) -> None:
     """Print the time of one layer's decode attention and its ratio to vLLM's own."""
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     shown = Table(title=f"{preset}, context {context}, {torch.get_num_threads()} threads")
     for name in ("batch", "vLLM 16-bit ms", "polarquant ms", "ratio"):
         shown.add_column(name, justify="right")
-    for batch in (int(size) for size in batches.split(",")):
+    for batch in numbers("--batches", batches):
         timing = measure(preset, batch, context, turns)
         shown.add_row(str(batch), f"{timing.native_ms:.3f}", f"{timing.ours_ms:.3f}", f"{timing.ratio:.2f}")
     Console().print(shown)

@@ -22,14 +22,18 @@ from rich.console import Console
 
 from vllm_polarquant.eval import isolate
 from vllm_polarquant.eval.bench.engine_page import TITLE, sections
+from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
+    check_out,
     check_same,
     continued,
     earlier,
     environment,
     machine,
+    numbers,
     query_gpu,
+    redraw,
     same_version,
     without_ours,
 )
@@ -184,11 +188,11 @@ def main(
     full_memory: Annotated[str, typer.Option(help="Throughput with as many such contexts as fit.")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens decoded a request.", min=2)] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs of everything.", min=1)] = 3,
-    max_seqs: Annotated[int, typer.Option(help="max_num_seqs; 0: the largest batch asked for.")] = 0,
+    max_seqs: Annotated[int, typer.Option(help="max_num_seqs; 0: the largest batch asked for.", min=0)] = 0,
     engine: Annotated[str, typer.Option(help="More engine arguments, a JSON object.")] = (
         '{"gpu_memory_utilization": 0.9}'
     ),
-    limit: Annotated[float, typer.Option(help="Seconds that one dtype may take.")] = 300.0,
+    limit: Annotated[float, typer.Option(help="Seconds that one dtype may take.", min=0)] = 300.0,
     out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png files.")] = Path("bench-engine"),
     keep: Annotated[
         bool, typer.Option("--keep", help="Add to the report at --out, made here with the same plan.")
@@ -197,17 +201,18 @@ def main(
 ) -> None:
     """Measure every dtype; one that fails or takes too long keeps what it found, the rest are finished."""
     console = Console()
+    check_out(out)
     if render is not None:
-        old = json.loads(render.read_text())
-        console.print(*write(out, TITLE, old, sections(old)), sep="\n")
+        console.print(*redraw(render, out, TITLE, sections), sep="\n")
         return
+    end_on_sigterm(f"python -m {__spec__.name}")
     plan = plan_of(
         model,
         parse_shapes(cells),
         prefill=parse_shapes(prefill),
-        ttft=[int(n) for n in filter(None, ttft.split(","))],
+        ttft=numbers("--ttft", ttft),
         ttft_prefix=parse_shapes(ttft_prefix),
-        full_memory=[int(n) for n in filter(None, full_memory.split(","))],
+        full_memory=numbers("--full-memory", full_memory),
         tokens=tokens,
         repeats=repeats,
         max_seqs=max_seqs,

@@ -10,7 +10,6 @@ command; those times mean nothing.
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,14 +32,17 @@ from vllm_polarquant.eval.bench.grid import (
     tiny_cases,
 )
 from vllm_polarquant.eval.bench.kernel_page import TITLE, sections
+from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown, value
 from vllm_polarquant.eval.report.environment import (
+    check_out,
     check_same,
     continued,
     earlier,
     environment,
     machine,
     query_gpu,
+    redraw,
     same_version,
     without_ours,
 )
@@ -148,8 +150,10 @@ def main(
     dtypes: Annotated[str, typer.Option(help="--kv-cache-dtype names, comma-separated.")] = ",".join(
         (*PEERS, *PRESETS)
     ),
-    budget_ms: Annotated[float, typer.Option(help="Time of the repeats of one cell.")] = 40.0,
-    limit: Annotated[float, typer.Option(help="Seconds a cell may take, compilation included.")] = 40.0,
+    budget_ms: Annotated[float, typer.Option(help="Time of the repeats of one cell.", min=0)] = 40.0,
+    limit: Annotated[
+        float, typer.Option(help="Seconds a cell may take, compilation included.", min=0)
+    ] = 40.0,
     keep: Annotated[
         bool, typer.Option("--keep", help="Go on with the report at --out: measure only what it lacks.")
     ] = False,
@@ -157,10 +161,11 @@ def main(
 ) -> None:
     """Measure the grid; a cell that fails is reported in its place, and the rest are finished."""
     console = Console()
+    check_out(out)
     if render is not None:
-        old = json.loads(render.read_text())
-        console.print(*write(out, TITLE, old, sections(old)), sep="\n")
+        console.print(*redraw(render, out, TITLE, sections), sep="\n")
         return
+    end_on_sigterm(f"python -m {__spec__.name}")
     names = [name for name in dtypes.split(",") if name]
     known = (*PEERS, *PRESETS)
     if unknown := [name for name in names if name not in known] or [

@@ -26,12 +26,13 @@ from rich.console import Console
 from vllm_polarquant.eval import isolate
 from vllm_polarquant.eval.bench import engine as engine_bench
 from vllm_polarquant.eval.bench import engine_page
+from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.measures.greedy import same_until
 from vllm_polarquant.eval.measures.next_token import block_error, divergence
 from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report.cells import shown
-from vllm_polarquant.eval.report.environment import environment
+from vllm_polarquant.eval.report.environment import check_out, environment
 from vllm_polarquant.eval.report.page import Report, Section, markdown_table, save, write
 from vllm_polarquant.eval.statistics import Z
 from vllm_polarquant.format import DEFAULT_PRESET, LOSSLESS
@@ -217,11 +218,13 @@ def main(
     ),
     large_dtypes: Annotated[str, typer.Option(help="Of the large model.")] = f"auto,fp8,{DEFAULT_PRESET}",
     cells: Annotated[str, typer.Option(help="TPOT of the large model at BATCHxCONTEXT.")] = "32x16384",
-    limit: Annotated[float, typer.Option(help="Seconds that one engine may take.")] = 300.0,
+    limit: Annotated[float, typer.Option(help="Seconds that one engine may take.", min=0)] = 300.0,
     out: Annotated[Path, typer.Option(help="Stem of the .json and .md files.")] = Path("bench-parallel"),
 ) -> None:
     """Try every layout; exits with 1 if an answer is not what it must be."""
     console = Console()
+    check_out(out)
+    end_on_sigterm(f"python -m {__spec__.name}")
     asked = [name for name in layouts.split(",") if name]
     unknown = [name for name in asked if name not in LAYOUTS]
     if unknown or not asked:

@@ -7,8 +7,8 @@ evaluations, with all layers quantised and with those in 16 bits that `polarquan
 from __future__ import annotations
 
 import json
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_polarquant.check import ConfigError, check_config, read_config, read_shape
 from vllm_polarquant.eval import results
-from vllm_polarquant.eval.command import FAILED, fail
-from vllm_polarquant.eval.dtypes import ALL, BASELINE
+from vllm_polarquant.eval.command import FAILED, end_on_sigterm, fail
+from vllm_polarquant.eval.dtypes import ALL, BASELINE, check_names
+from vllm_polarquant.eval.files import locked, write_text
 from vllm_polarquant.eval.hard_keys.cases import Case, run_cases, skip_plan
 from vllm_polarquant.eval.hard_keys.checkpoint import EditError
 from vllm_polarquant.eval.hard_keys.edits import EDITS, default_layers, write_edit
@@ -74,9 +75,7 @@ def write_suite(out: Path, rows: int, context: int, episodes: int, options: dict
     if episodes:
         cells["retrieval"] = {"measure": "retrieval", "lengths": ["1000"], "episodes": episodes}
     path = out / "suite.json"
-    part = out / "suite.part.json"
-    part.write_text(json.dumps({"engine": options, "cells": cells}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps({"engine": options, "cells": cells}, indent=1) + "\n")
     return path.resolve()
 
 
@@ -89,47 +88,70 @@ def main(
     kv_cache_dtypes: Annotated[
         str, typer.Option(help=f"Comma-separated, or {ALL!r} presets; {BASELINE} is always among them.")
     ] = DEFAULT_PRESET,
-    rows_of_text: Annotated[int, typer.Option("--rows", help="Rows of held-out text.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
+    rows_of_text: Annotated[int, typer.Option("--rows", help="Rows of held-out text.", min=1)] = 8,
+    context: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 256,
     episodes: Annotated[
-        int, typer.Option(help="Retrieval episodes, five questions each; 0 leaves retrieval out.")
+        int, typer.Option(help="Retrieval episodes, five questions each; 0 leaves retrieval out.", min=0)
     ] = 0,
     out: Annotated[Path, typer.Option(help="Folder of models and results; what is there is kept.")] = Path(
         "hard-keys-results"
     ),
-    seed: Annotated[int, typer.Option(help="Of the edits and the engine.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the edits and the engine.", min=0)] = 0,
     engine: Annotated[str, typer.Option(help="More of vLLM's EngineArgs, a JSON object.")] = "{}",
 ) -> None:
     """Edit a model so that its keys are hard to quantise, and measure what presets lose and skipping saves.
 
     Exits with 0 if every cell has a result, 1 if some failed and 2 if the input is wrong.
     """
+    end_on_sigterm(COMMAND)
     folder = MODEL_DIR if model == PROBE else Path(model).resolve()
     chosen, dtypes = _edits(edits), dtypes_of(kv_cache_dtypes)
+    for option, text, found in (
+        ("--edits", edits, chosen),
+        ("--kv-cache-dtypes", kv_cache_dtypes, dtypes[1:]),
+    ):
+        if not found:
+            fail(COMMAND, f"{option} {text!r} names none")
     try:
         options = (PROBE_ENGINE if model == PROBE else {}) | dict(json.loads(engine))
     except (ValueError, TypeError):
         fail(COMMAND, f"--engine {engine!r} is not a JSON object such as '{{\"tensor_parallel_size\": 2}}'")
     try:
+        check_names(dtypes)
+    except ValueError as problem:
+        fail(COMMAND, problem)
+    try:
         config = read_config(folder)
         problems = check_config(config)
-        shape = read_shape(config)
-        which = _layers(layers, shape.layers)
+        which = _layers(layers, read_shape(config).layers)
         if problems:
             raise EditError(problems[0].message)
-        out.mkdir(parents=True, exist_ok=True)
-        suite = str(write_suite(out, rows_of_text, context, episodes, options))
-        cells = load_suite(suite, options)
-        models = {"none": folder}
-        for name, strength in chosen:
-            label = name if strength == EDITS[name].strength else f"{name}:{strength:g}"
-            models[label] = write_edit(folder, name, strength, which, seed, out / "models")
+        with locked(out):
+            suite = write_suite(out, rows_of_text, context, episodes, options)
+            failures = _measure(folder, chosen, which, Plan("", dtypes, str(suite), [], options, seed, out))
     except (ConfigError, EditError, SuiteError, OSError) as problem:
         fail(COMMAND, problem)
+    for what, why in failures.items():
+        typer.echo(f"failed: {what}: {why}", err=True)
+    if failures:
+        raise typer.Exit(FAILED)
+
+
+def _measure(
+    folder: Path, chosen: list[tuple[str, float]], layers: list[int], common: Plan
+) -> dict[str, str]:
+    """Edit, measure and print; why each cell that has no result has none. common: all but model and cells."""
+    out, seed = common.folder, common.seed
+    shape = read_shape(read_config(folder))
+    cells = load_suite(common.suite, common.engine)
+    models = {"none": folder}
+    for name, strength in chosen:
+        label = name if strength == EDITS[name].strength else f"{name}:{strength:g}"
+        models[label] = write_edit(folder, name, strength, layers, seed, out / "models")
 
     cases = []
     for label, path in models.items():
-        plan = Plan(str(path.resolve()), dtypes, suite, cells, options, seed, out / label.replace(":", "-"))
+        plan = replace(common, model=str(path.resolve()), cells=cells, folder=out / label.replace(":", "-"))
         cases.append(Case(label, judge_keys(path, read_config(path), shape), plan, {}))
     for case in cases:
         skip = tuple(case.keys.skip_layers)
@@ -146,9 +168,6 @@ def main(
         typer.echo(f"{case.label}: bits lost by layer {lost}; {case.keys.flag or 'no layer to skip'}")
     found = rows(cases)
     Console(width=None if sys.stdout.isatty() else 200).print(table(found))
-    summary = {"versions": results.versions(), "layers": which, "seed": seed, "rows": found}
-    (out / "hard-keys.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    for what, why in failures.items():
-        typer.echo(f"failed: {what}: {why}", err=True)
-    if failures:
-        raise typer.Exit(FAILED)
+    summary = {"versions": results.versions(), "layers": layers, "seed": seed, "rows": found}
+    write_text(out / "hard-keys.json", json.dumps(summary, indent=1) + "\n")
+    return failures

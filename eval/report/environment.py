@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 import vllm_polarquant
-from vllm_polarquant.eval.report.page import Report, path_of
+from vllm_polarquant.eval.report.page import Report, Section, check_stem, path_of, write
 from vllm_polarquant.format import FORMAT_VERSION
 
 _GPU_FIELDS = {
@@ -66,12 +66,46 @@ def environment() -> dict[str, str]:
     return found | {"date": date.today().isoformat()}
 
 
+def _read(path: Path, option: str) -> Report:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise typer.BadParameter(f"{option}: {path} cannot be read: {problem}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("environment"), dict):
+        raise typer.BadParameter(f"{option}: {path} is no report")
+    return found
+
+
 def earlier(stem: Path) -> Report:
     """The JSON report that --keep is to add to; raises typer.BadParameter if there is none."""
-    path = path_of(stem, "json")
-    if not path.is_file():
-        raise typer.BadParameter(f"--keep: there is no {path}")
-    return json.loads(path.read_text())
+    return _read(path_of(stem, "json"), "--keep")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Positive numbers from "1024,16384", none from ""; raises typer.BadParameter for anything else."""
+    parts = [part for part in text.split(",") if part]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"{option} {text!r} is not a list of positive numbers such as 1024,16384")
+    return [int(part) for part in parts]
+
+
+def check_out(stem: Path) -> None:
+    """Raise typer.BadParameter if no report can be written there."""
+    try:
+        check_stem(stem)
+    except OSError as problem:
+        raise typer.BadParameter(str(problem)) from None
+
+
+def redraw(path: Path, stem: Path, title: str, sections: Callable[[Report], Sequence[Section]]) -> list[str]:
+    """`page.write` of a JSON report as it is; raises typer.BadParameter if it is of another command."""
+    found = _read(path, "--render")
+    try:
+        made = sections(found)
+        found["command"]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as problem:
+        raise typer.BadParameter(f"--render: {path} is no report of this command: {problem!r}") from None
+    return write(stem, title, found, made)
 
 
 def machine(found: Report) -> dict[str, Any]:

@@ -6,11 +6,13 @@ What measures makes one JSON object and renders it into `Section`s; `write` puts
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_polarquant.eval.files import write_text
 from vllm_polarquant.eval.report.panels import Panel, draw
 
 Report = dict[str, Any]
@@ -53,18 +55,25 @@ def path_of(stem: Path, kind: str) -> Path:
     return stem.with_name(f"{stem.name}.{kind}")
 
 
+def check_stem(stem: Path) -> None:
+    """Raise OSError if a report's files cannot lie there: before hours of measuring, not after."""
+    if not stem.name or not stem.parent.is_dir():
+        raise NotADirectoryError(f"--out {stem}: there is no folder {stem.parent}")
+    if not os.access(stem.parent, os.W_OK):
+        raise PermissionError(f"--out {stem}: no right to write into {stem.parent}")
+
+
 def save(stem: Path, report: Report) -> Path:
     """Write STEM.json, over what an earlier state of the report wrote, and return its path."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     path = path_of(stem, "json")
-    path.write_text(json.dumps(report, indent=1))
+    write_text(path, json.dumps(report, indent=1))
     return path
 
 
 def write(stem: Path, title: str, report: Report, sections: Sequence[Section]) -> list[str]:
     """Write STEM.json, STEM.md and STEM.png; one line for each that says where it is, or why it is not."""
     paths = [save(stem, report), path_of(stem, "md"), path_of(stem, "png")]
-    paths[1].write_text(markdown(title, report, sections))
+    write_text(paths[1], markdown(title, report, sections))
     panels = [panel for section in sections for panel in section.panels]
     if not panels:
         return [*map(str, paths[:2]), "no plot: nothing to draw"]
