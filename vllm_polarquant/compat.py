@@ -153,7 +153,7 @@ def before_kv_cache(call: Callable[[Any], None]) -> None:
         return original(self)
 
     get_kv_cache_specs.calls_polarquant = True  # type: ignore[attr-defined]
-    Executor.get_kv_cache_specs = get_kv_cache_specs  # type: ignore[method-assign]
+    Executor.get_kv_cache_specs = get_kv_cache_specs
 
 
 def before_scheduler(call: Callable[[Any], None]) -> None:
