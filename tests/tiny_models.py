@@ -115,7 +115,6 @@ MODELS: dict[str, Tiny] = {
             layer_types=["chunked_attention"] * 3 + ["full_attention"],
             use_qk_norm=True,
         ),
-        "bfloat16",
     ),
     "mistral": Tiny("Mistral (window)", _of("MistralForCausalLM", "mistral", sliding_window=WINDOW)),
     "mistral-idle-window": Tiny(
@@ -221,7 +220,6 @@ MODELS: dict[str, Tiny] = {
             laurel_rank=16,
             hidden_activation="gelu_pytorch_tanh",
         ),
-        "bfloat16",
     ),
     "gemma4": Tiny(
         "Gemma 4 (text)",
@@ -237,7 +235,6 @@ MODELS: dict[str, Tiny] = {
             vocab_size_per_layer_input=VOCABULARY,
             hidden_activation="gelu_pytorch_tanh",
         ),
-        "bfloat16",
     ),
     "phi": Tiny(
         "Phi 1 and 2",
@@ -511,7 +508,6 @@ MODELS: dict[str, Tiny] = {
             layer_types=_FULL_AND_WINDOWS,
             quantization_config=...,
         ),
-        "bfloat16",
     ),
     "mimo": Tiny("MiMo", _of("MiMoForCausalLM", "qwen2")),
     "mimo-v2": Tiny(
@@ -584,7 +580,6 @@ MODELS: dict[str, Tiny] = {
             moe_intermediate_size=128,
             share_expert_dim=128,
         ),
-        "bfloat16",
     ),
     "afmoe": Tiny(
         "AFM (Trinity)",
@@ -604,7 +599,6 @@ MODELS: dict[str, Tiny] = {
             global_attn_every_n_layers=2,
             layer_types=_FULL_AND_WINDOWS,
         ),
-        "bfloat16",
     ),
     "lfm2-moe": Tiny(
         "LFM2-MoE",
