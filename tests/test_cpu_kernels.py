@@ -739,7 +739,7 @@ def test_warm_up_compiles_everything(preset: str, from_pages: bool) -> None:
     case = make_case(page_for(preset, 96, 48), [(40, 2)], [(40, 7)])
     ops = CpuOperations(case.shape)
     ops.warm_up(case.page, case.tables, Attention(1.0), from_pages)
-    loops = (read.attend, read.merge, read.gather, write.store_polar, write.store_codes, write.take_away)
+    loops = (read.attend, read.gather, write.store_polar, write.store_codes, write.take_away)
     compiled = [len(loop.signatures) for loop in loops]
     plan = ops.planner().plan(case.batch)
     ops.store(case.key, case.value, case.cache, torch.arange(9), case.tables, plan.segments)
@@ -786,10 +786,10 @@ def test_numbas_threads_leave_nested_parallel_regions_forbidden() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
-def test_decode_takes_at_most_three_times_as_long_as_vllms_own(batch: int) -> None:
+def test_decode_takes_at_most_twice_as_long_as_vllms_own(batch: int) -> None:
     """The best of several rounds counts: other work on the machine only ever makes a ratio worse."""
     pytest.importorskip("vllm")
     rounds = []
-    while len(rounds) < 8 and (not rounds or min(rounds) > 3):
+    while len(rounds) < 8 and (not rounds or min(rounds) > 2):
         rounds.append(bench_cpu.measure(K4V4, batch, context=4096, turns=15).ratio)
-    assert min(rounds) <= 3, rounds
+    assert min(rounds) <= 2, rounds

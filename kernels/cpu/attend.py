@@ -47,24 +47,24 @@ def decode_attention(
     threads = use_torch_threads()
     requests, heads = len(seq_lens), cache.shape[1]
     tokens = int(query_start_loc[requests])
-    rotated = tables.rotate_queries(query[:tokens], heads).mul_(attention.scale)
+    query = query[:tokens].float().contiguous()
     if starts is None:
         starts = torch.zeros_like(seq_lens)
     splits = max(1, -(-2 * threads // max(1, requests * heads)))
-    split_out = torch.empty(splits, *rotated.shape).numpy()
-    split_max, split_sum = torch.empty(2, splits, *rotated.shape[:2]).numpy()
-    key_region, value_region = regions(page)
-    read.attend(
-        rotated.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(),
-        attention.window or NO_WINDOW, np.float32(attention.soft_cap or 0),
-        block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.key.reader, key_region,
-        tables.key.centres, tables.value.reader, value_region, split_out, split_max, split_sum,
-    )  # fmt: skip
-    merged, merged_lse = torch.empty_like(rotated), torch.empty(rotated.shape[1], tokens)
+    split_out = torch.empty(splits, *query.shape).numpy()
+    split_max, split_sum = torch.empty(2, splits, *query.shape[:2]).numpy()
     sinks = attention.sinks
     if sinks is None:
-        sinks = torch.full(rotated.shape[1:2], -torch.inf)
-    read.merge(split_out, split_max, split_sum, sinks.numpy(), merged.numpy(), merged_lse.numpy())
-    out[:tokens] = tables.restore_outputs(merged)
+        sinks = torch.full(query.shape[1:2], -torch.inf)
+    merged, merged_lse = torch.empty_like(query), torch.empty(query.shape[1], tokens)
+    key_region, value_region = regions(page)
+    read.attend(
+        query.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(), np.float32(attention.scale),
+        attention.window or NO_WINDOW, np.float32(attention.soft_cap or 0), sinks.numpy(),
+        block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.bases, tables.key.reader,
+        key_region, tables.key.centres, tables.value.reader, value_region, split_out, split_max, split_sum,
+        merged.numpy(), merged_lse.numpy(),
+    )  # fmt: skip
+    out[:tokens] = merged
     if lse is not None:
         lse[:, :tokens] = merged_lse

@@ -126,16 +126,59 @@ def _load_tile(codes, count, reader, points, tile):
             tile[t, j + half] = points[j] & np.uint32(0xFFFF0000)
 
 
+@njit(cache=True, fastmath=True)
+def _rotate(x, factors, mixing, scale, y):
+    """A query f32 [d] as stored keys take it, times scale -> y."""
+    for i in range(len(x)):
+        dot = np.float32(0)
+        for j in range(len(x)):
+            dot += x[j] * factors[j] * mixing[i, j]
+        y[i] = dot * scale
+
+
+@njit(cache=True)
+def _join(split_out, split_max, split_sum, sink, restoring, token, head, out):
+    """Splits and sink of a row, each by its share, in the model's basis -> out; returns the log-sum-exp.
+
+    split_out is scratch.
+    """
+    splits, _, _, d = split_out.shape
+    top = max(_NO_MASS, sink)
+    for split in range(splits):
+        top = max(top, split_max[split, token, head])
+    total = np.float32(math.exp(sink - top))
+    merged, row = split_out[0, token, head], out[token, head]
+    for split in range(splits):
+        share = np.float32(math.exp(split_max[split, token, head] - top))
+        total += share * split_sum[split, token, head]
+        if split == 0:
+            for j in range(d):
+                merged[j] *= share
+        else:
+            for j in range(d):
+                merged[j] += share * split_out[split, token, head, j]
+    row[:] = 0
+    if total <= 0:
+        return np.float32(-np.inf)
+    for i in range(d):
+        weight = merged[i] / total
+        for j in range(d):
+            row[j] += weight * restoring[i, j]
+    return np.float32(top + math.log(total))
+
+
 @njit(cache=True, parallel=True, fastmath=True)
 def attend(
-    query, query_start, seq_lens, starts, window, soft_cap, block_table, heads, memory, blocks, key,
-    key_region, centres, value, value_region, split_out, split_max, split_sum,
+    query, query_start, seq_lens, starts, scale, window, soft_cap, sinks, block_table, heads, memory, blocks,
+    bases, key, key_region, centres, value, value_region, split_out, split_max, split_sum, out, lse,
 ):  # fmt: skip
-    """Flash attention of one (request, kv head, split) a task, on rotated and scaled queries.
+    """Flash attention of one (request, kv head, split) a task.
 
-    query f32 [T, Hq, d], starts i32 [R], window int, soft_cap f32, 0 for none. split_out
-    f32 [splits, T, Hq, d], split_max and split_sum [splits, T, Hq], are written for every query of every
-    request.
+    query f32 [T, Hq, d], starts i32 [R], window int, soft_cap f32, 0 for none, sinks f32 [Hq], -inf for
+    none. split_out f32 [splits, T, Hq, d], split_max and split_sum [splits, T, Hq] are scratch. out
+    f32 [T, Hq, d] and lse f32 [Hq, T] are written for every query of every request.
+
+    All in one parallel loop: where others want the same cores, each loop waits for them once more.
     """
     requests = len(seq_lens)
     splits, _, query_heads, d = split_out.shape
@@ -153,8 +196,11 @@ def attend(
         # The earliest query's window. Blocks before it may be gone.
         visible = max(starts[request], length - count + 1 - window, 0)
         rows = count * group
+        rotated = np.empty((max(rows, 1), d), np.float32)
         for row in range(rows):
             token, member = first + row // group, head * group + row % group
+            factors = bases.query_factors[min(head, len(bases.query_factors) - 1)]
+            _rotate(query[token, member], factors, bases.mixing, scale, rotated[row])
             split_max[split, token, member] = _NO_MASS
             split_sum[split, token, member] = 0
             split_out[split, token, member] = 0
@@ -183,7 +229,7 @@ def attend(
                 segment = own_segment
                 _load_centre(centres, segment, head, centre)
                 for row in range(rows):
-                    q = query[first + row // group, head * group + row % group]
+                    q = rotated[row]
                     dot = np.float32(0)
                     for j in range(d):
                         dot += q[j] * centre[j]
@@ -195,7 +241,7 @@ def attend(
             )
             for row in range(rows):
                 token, member = row // group, row % group
-                q = query[first + token, head * group + member]
+                q = rotated[row]
                 for t in range(step):
                     dot = np.float32(0)
                     for j in range(d):
@@ -226,16 +272,16 @@ def attend(
                 split_sum[split, first + token, head * group + member] = sum_before * shrink + total
                 split_max[split, first + token, head * group + member] = top
                 if shrink != 1:
-                    out = split_out[split, first + token, head * group + member]
+                    part = split_out[split, first + token, head * group + member]
                     for j in range(d):
-                        out[j] *= shrink
+                        part[j] *= shrink
             at = page + value_region.codes + inside * value.code_bytes
             _load_tile(memory[at : at + step * value.code_bytes], step, value, points, bits)
             _load_radii(
                 memory, page + value_region.radii + inside * RADIUS_STRIDE, step, radius_bits, centred
             )
             for row in range(rows):
-                out = split_out[split, first + row // group, head * group + row % group]
+                part = split_out[split, first + row // group, head * group + row % group]
                 for t in range(step):
                     weights[row, t] *= radii[t]
                 # Four tokens a sweep: the accumulator is read and written a quarter as often.
@@ -243,39 +289,24 @@ def attend(
                     w0, w1 = weights[row, t], weights[row, t + 1]
                     w2, w3 = weights[row, t + 2], weights[row, t + 3]
                     for j in range(d):
-                        out[j] += (w0 * tile[t, j] + w1 * tile[t + 1, j]) + (
+                        part[j] += (w0 * tile[t, j] + w1 * tile[t + 1, j]) + (
                             w2 * tile[t + 2, j] + w3 * tile[t + 3, j]
                         )
                 for t in range(step // 4 * 4, step):
                     for j in range(d):
-                        out[j] += weights[row, t] * tile[t, j]
-
-
-@njit(cache=True, parallel=True)
-def merge(split_out, split_max, split_sum, sinks, out, lse):
-    """`attend`'s splits and sinks, each by its share of the softmax -> out f32 [T, Hq, d], lse f32 [Hq, T].
-
-    sinks: f32 [Hq], -inf for none.
-    """
-    splits, tokens, heads, d = split_out.shape
-    for row in prange(tokens * heads):
-        token, head = row // heads, row % heads
-        merged = out[token, head]
-        merged[:] = 0
-        top = max(_NO_MASS, sinks[head])
-        for split in range(splits):
-            top = max(top, split_max[split, token, head])
-        total = np.float32(math.exp(sinks[head] - top))
-        for split in range(splits):
-            share = np.float32(math.exp(split_max[split, token, head] - top))
-            total += share * split_sum[split, token, head]
-            for j in range(d):
-                merged[j] += share * split_out[split, token, head, j]
-        lse[head, token] = -np.inf
-        if total > 0:
-            lse[head, token] = top + math.log(total)
-            for j in range(d):
-                merged[j] /= total
+                        part[j] += weights[row, t] * tile[t, j]
+        if splits == 1:
+            for row in range(rows):
+                token, member = first + row // group, head * group + row % group
+                lse[member, token] = _join(
+                    split_out, split_max, split_sum, sinks[member], bases.restoring, token, member, out
+                )
+    if splits > 1:
+        for token in range(len(out)):
+            for member in range(query_heads):
+                lse[member, token] = _join(
+                    split_out, split_max, split_sum, sinks[member], bases.restoring, token, member, out
+                )
 
 
 @njit(cache=True, parallel=True)

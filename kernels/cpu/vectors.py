@@ -66,16 +66,25 @@ class VectorTables(NamedTuple):
     centres: Centres
 
 
-class LoopTables(NamedTuple):
-    """Tables and what loops need besides; keys' and queries' factors and centres may be written to.
+class Bases(NamedTuple):
+    """How loops take queries to the basis of what is stored, and sums of stored values back.
 
+    query_factors: float32 [1 or kv heads, d], Tables' own memory. mixing: float32 [d, d], Tables'.
     restoring: float32 [d, d], by which sums of stored values are multiplied for outputs.
     """
+
+    query_factors: np.ndarray
+    mixing: np.ndarray
+    restoring: np.ndarray
+
+
+class LoopTables(NamedTuple):
+    """Tables and what loops need besides; keys' and queries' factors and centres may be written to."""
 
     tables: Tables
     key: VectorTables
     value: VectorTables
-    restoring: torch.Tensor
+    bases: Bases
 
     @classmethod
     def of(cls, slot: Slot, tables: Tables, dtype: torch.dtype) -> LoopTables:
@@ -97,7 +106,11 @@ class LoopTables(NamedTuple):
                 tables.value_factors,
                 Centres(np.zeros((1, 1, head_dim // 2), np.uint32), sixteen_bits(dtype)),
             ),
-            tables.mixing * tables.output_factors,
+            Bases(
+                tables.query_factors.numpy(),
+                tables.mixing.numpy(),
+                (tables.mixing * tables.output_factors).numpy(),
+            ),
         )
 
     def rotate_queries(self, query: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -109,7 +122,7 @@ class LoopTables(NamedTuple):
 
     def restore_outputs(self, out: torch.Tensor) -> torch.Tensor:
         """Outputs float32 [..., d], sums of stored values, in the model's basis."""
-        return out @ self.restoring
+        return out @ torch.from_numpy(self.bases.restoring)
 
 
 @cache
