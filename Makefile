@@ -21,13 +21,14 @@ LIMIT ?=
 GPUS ?=
 RESULTS ?= eval-results
 
-.PHONY: help setup demo test test-fast lint types bench eval
+.PHONY: help setup demo test test-fast models lint types bench eval
 
 help:
 	@echo "make demo       the shipped model with 16-bit and with polar-coded pages, side by side;"
 	@echo "                MODEL=folder takes another model"
 	@echo "make test-fast  the tests that need neither an engine nor a GPU: under two minutes on two cores"
 	@echo "make test       lint, then every test that runs here"
+	@echo "make models     more than forty architectures, tiny and random, with every cache: an hour on two cores"
 	@echo "make lint       ruff and mypy"
 	@echo "make types      mypy alone"
 	@echo "make eval       accuracy of every KV-cache dtype that runs here on the shipped model, and a report"
@@ -68,6 +69,12 @@ test: lint
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
+# What came of each model is kept: remove the file to begin anew.
+models: $(READY)
+	$(BIN)/python tests/model_runs.py build/models.json
+	$(BIN)/python tests/model_runs.py build/models.json --page docs/models.md
+	MODELS="$(CURDIR)/build/models.json" $(BIN)/pytest tests/test_models.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
