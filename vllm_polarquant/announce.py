@@ -266,17 +266,17 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _named(layers: dict[str, Layer], kind: Kind) -> str:
-    """Numbers of the layers of a kind; those of a draft model, which has its own, apart."""
-    places: dict[str, set[int]] = {_place(name)[0]: set() for name in layers}
+    """Numbers of the layers of a kind; those of a draft model, which counts from 0 again, apart."""
+    owners = dict.fromkeys(_place(name)[0] for name in layers)
+    numbers = {owner: {index for who, index in map(_place, layers) if who == owner} for owner in owners}
+    main = next(iter(owners), "")
+    found: dict[str, set[int]] = {}
     for name, layer in layers.items():
         if layer.kind == kind:
             owner, index = _place(name)
-            places[owner].add(index)
-    return ", ".join(
-        ranges(indices) if not number else f"{owner}.{ranges(indices)}"
-        for number, (owner, indices) in enumerate(places.items())
-        if indices
-    )
+            again = owner != main and numbers[owner] & numbers[main]
+            found.setdefault(f"{owner}." if again else "", set()).add(index)
+    return ", ".join(owner + ranges(indices) for owner, indices in found.items())
 
 
 @contextmanager
