@@ -125,17 +125,20 @@ def test_k4v4_holds_more_than_3_8_times_the_tokens_of_auto(presets: dict[str, An
     assert presets["polarquant_k4v4"]["kv_tokens"] > 3.8 * presets["auto"]["kv_tokens"]
 
 
-def test_one_log_line_states_preset_bytes_ratio_and_layers(presets: dict[str, Any]) -> None:
+def test_one_log_line_states_preset_bytes_capacity_and_layers(presets: dict[str, Any]) -> None:
     lines = [line for line in presets["log"].splitlines() if "polarquant_k4v4 (page format" in line]
     assert len(lines) == 1
+    tokens = presets["polarquant_k4v4"]["kv_tokens"]
     for part in (
-        "132 bytes a token a kv head",
-        "1320 bytes a token in 5 layers x 2 kv heads",
-        "3.88x",
+        "1,320 bytes a token",
+        f"{tokens:,} tokens fit",
         "quantised layers: 0-4",
         "native layers: none",
     ):
         assert part in lines[0]
+    times = re.search(r"tokens fit, ([\d.]+) times those of auto", lines[0])
+    assert times is not None
+    assert float(times[1]) == pytest.approx(tokens / presets["auto"]["kv_tokens"], rel=0.02)
 
 
 def test_skipped_layers_stay_native() -> None:
