@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_polarquant.attention import Attention
@@ -15,6 +17,10 @@ SEGMENT_TOKENS = 4096
 """Tokens of a prefix that are decoded at a time."""
 _QUERIES = 128
 """Queries that attend at a time where a window or a soft cap keeps torch from attending all at once."""
+_STEP = 512
+"""Stored tokens that _QUERIES queries attend to at a time where a chunk is read off the pages."""
+_HIDDEN = -1e30
+"""What is added to a hidden key's logit; finite, as a query may see no key of a step."""
 
 
 def prefill_attention(
@@ -32,6 +38,8 @@ def prefill_attention(
 ) -> None:
     """One request's chunk: causal among its own tokens, and on the part of the prefix within its windows.
 
+    A chunk that is read off the pages gives the same bits however the prompt was cut into chunks.
+
     Args:
         query: the chunk's, [T, num_heads, d].
         key, value: the chunk's, [T, kv heads, d], or None where they are to be read off the pages.
@@ -46,24 +54,29 @@ def prefill_attention(
     """
     use_torch_threads()
     heads, window = cache.shape[1], attention.window or NO_WINDOW
-    rotated = query
-    if context_len or key is None:
-        rotated = tables.rotate_queries(query, heads).to(query.dtype)
     (memory, blocks), row = open_cache(cache, page), block_table.numpy()
+
+    def read(start: int, end: int, into: torch.Tensor) -> None:
+        """Decode positions [start, end) into keys and values [2, end - start, H, d]."""
+        for rows, side, region in zip(into, (tables.key, tables.value), regions(page), strict=True):
+            gather(row, start, memory, blocks, side.reader, region, side.centres, rows.numpy())
+
+    if key is None or value is None:
+        _attend_to_stored(query, read, context_len, heads, tables, attention, out)
+        return
+    rotated = query
+    if context_len:
+        rotated = tables.rotate_queries(query, heads).to(query.dtype)
 
     def on_pages(queries: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first queries on stored tokens [start, end), in the model's basis; see _attend."""
         stored = torch.empty(2, end - start, heads, page.slot.head_dim)
-        for into, side, region in zip(stored, (tables.key, tables.value), regions(page), strict=True):
-            gather(row, start, memory, blocks, side.reader, region, side.centres, into.numpy())
+        read(start, end, stored)
         part, lse = _attend(rotated[:queries], stored[0], stored[1], context_len - start, attention)
         return tables.restore_outputs(part.float()), lse
 
     tokens = len(query)
-    if key is None or value is None:
-        attended, lse = on_pages(tokens, context_len, context_len + tokens)
-    else:
-        attended, lse = _attend(query, key, value, 0, attention)
+    attended, lse = _attend(query, key, value, 0, attention)
     first = max(0, context_len - window + 1)
     # Backwards, so that whatever queries see of a segment, they have seen something before.
     for end in range(context_len, first, -segment_tokens):
@@ -74,6 +87,49 @@ def prefill_attention(
     if attention.sinks is not None:
         attended = attended * torch.sigmoid(lse - attention.sinks)[..., None]
     out.copy_(attended)
+
+
+def _attend_to_stored(
+    query: torch.Tensor,
+    read: Callable[[int, int, torch.Tensor], None],
+    context_len: int,
+    heads: int,
+    tables: LoopTables,
+    attention: Attention,
+    out: torch.Tensor,
+) -> None:
+    """A chunk's attention where all of its keys and values are on the pages.
+
+    Products of matrices are rounded by their sizes, and codes carry a rounding error on as an error of their
+    own. So all sizes are fixed: _QUERIES queries on _STEP tokens from multiples of it.
+    """
+    window = attention.window or NO_WINDOW
+    blocks = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, -len(query) % _QUERIES)).split(_QUERIES)
+    rotated = [tables.rotate_queries(block, heads).to(query.dtype) for block in blocks]
+    outs = [torch.zeros(block.shape) for block in blocks]
+    lses = [torch.full(block.shape[:2], -torch.inf) for block in blocks]
+    first, total = max(0, context_len - window + 1), context_len + len(query)
+    stored = torch.zeros(2, _STEP, heads, query.shape[-1])
+    for start in range(first // _STEP * _STEP, total, _STEP):
+        begin, end = max(start, first), min(start + _STEP, total)
+        read(begin, end, stored[:, begin - start : end - start])
+        token = torch.arange(start, start + _STEP)
+        for i, block in enumerate(rotated):
+            position = context_len + i * _QUERIES + torch.arange(_QUERIES)[:, None]
+            if position[-1] < start or position[0] - window >= token[-1]:
+                continue
+            mask = torch.zeros(_QUERIES, _STEP)
+            mask.masked_fill_((token > position) | (token <= position - window), _HIDDEN)
+            if attention.soft_cap is None:
+                part = _flash(block, stored[0], stored[1], attention.scale, mask=mask)
+            else:
+                part = _capped(block, stored[0], stored[1], attention.scale, attention.soft_cap, mask)
+            outs[i], lses[i] = _merge(outs[i], lses[i], *part)
+    for rows, attended, lse in zip(out.split(_QUERIES), outs, lses, strict=True):
+        attended = tables.restore_outputs(attended)
+        if attention.sinks is not None:
+            attended = attended * torch.sigmoid(lse - attention.sinks)[..., None]
+        rows.copy_(attended[: len(rows)])
 
 
 def _attend(
