@@ -8,10 +8,6 @@ from dataclasses import dataclass
 import torch
 
 
-class UnsupportedAttention(ValueError):
-    """A kind of attention that kernels of a device do not compute."""
-
-
 @dataclass(frozen=True, eq=False)
 class Attention:
     """Causal attention of a layer.
@@ -43,13 +39,3 @@ class Attention:
             raise ValueError(
                 f"sinks must be float32 [num_heads], got {self.sinks.dtype} {list(self.sinks.shape)}"
             )
-
-    def require_plain(self) -> None:
-        """Raise UnsupportedAttention, naming it, for what no kernel computes yet: all but scale."""
-        for name, given in (
-            ("a sliding window", self.window),
-            ("soft-capped logits", self.soft_cap),
-            ("attention sinks", self.sinks),
-        ):
-            if given is not None:
-                raise UnsupportedAttention(f"the kernels do not compute attention with {name}")
