@@ -18,6 +18,7 @@ from vllm_polarquant import support
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.centring import layer_tables
 from vllm_polarquant.codec import Tables, tables
+from vllm_polarquant.compat import hide_numba
 from vllm_polarquant.flash import flash_attention
 from vllm_polarquant.format import Slot
 from vllm_polarquant.kernels.ops import DenseAttention, LayerShape, Limits, Operations, Plan, operations
@@ -133,6 +134,8 @@ class PolarQuantImpl(AttentionImpl[Plan]):
 
     def _own(self) -> tuple[Operations, Tables]:
         shape = self.shape
+        if shape.device.type == "cpu":
+            hide_numba()
         ops = operations(shape, self.limits, _dense_attention(shape.device, self.head_size))
         if ops.max_decode_query_len is not None:
             support.check_draft_tokens(

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -16,7 +15,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_polarquant.compat import hide_numba
 from vllm_polarquant.kernels.ops import Batch, Plan
 from vllm_polarquant.layer import PolarQuantImpl
 from vllm_polarquant.page import Page
@@ -42,8 +40,6 @@ class PolarMetadataBuilder(AttentionMetadataBuilder[Plan]):
         page = Page(impl.shape.slot, kv_cache_spec.block_size)
         # Captured graphs read what it plans into, so it stays.
         self.planner = impl.ops.planner({each.attention.window for each in impls})
-        if current_platform.is_cpu():
-            hide_numba()
         kinds = {_kind(each): each for each in impls}
         for each in kinds.values():
             impl.ops.warm_up(page, each.tables, each.attention, each.from_pages)
