@@ -1,8 +1,8 @@
 """Tiny models of many architectures, each with `auto`, the 16-bit test page and `polarquant_k4v4`.
 
-`python tests/model_runs.py RESULTS.json [NAME ...]` runs all of them or those named and writes what came of
-it, model by model, so that one that kills its process loses only itself. With `--page` it writes the table of
-docs/models.md from such a file. Nothing here asserts anything.
+`python tests/model_runs.py RESULTS.json [NAME ...]` runs those named, or all that are not in the file yet,
+and writes what came of each; a model that kills its process loses only itself. With `--page` it writes the
+table of docs/models.md from such a file. Nothing here asserts anything.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import engine_runs
 import tiny_models
 
 LOSSLESS, PRESET = "polarquant_lossless", "polarquant_k4v4"
+AT_ONCE = 8
+"""Models a process, after which results are written."""
+
 PROMPT_TOKENS, NEW_TOKENS = (5, 60, 130, 200), 16
 ENGINE: dict[str, Any] = {
     "load_format": tiny_models.LOAD_FORMAT,
@@ -87,7 +90,7 @@ def _model(name: str, path: Path) -> Result:
             result[dtype] = _try(lambda dtype=dtype: _engine(name, path, dtype)) | {"said": said}
         if "problem" in result["auto"]:
             break
-    return result | {"check": _try(lambda: _check(path))}
+    return result | {"check": _try(lambda: _check(name, path))}
 
 
 @contextmanager
@@ -161,7 +164,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return product
 
 
-def _check(path: Path) -> Result:
+def _check(name: str, path: Path) -> Result:
     """What the command `polarquant check` prints as JSON, without its child process."""
     from vllm.model_executor.layers import rotary_embedding
 
@@ -169,8 +172,9 @@ def _check(path: Path) -> Result:
 
     dry_run.ask = dry_run.explore  # type: ignore[assignment]
     config = check.read_config(path)
+    options = tiny_models.MODELS[name].options | {"max_model_len": tiny_models.MAX_MODEL_LEN}
     try:
-        verdict = check.judge(path, config, PRESET, {"max_model_len": tiny_models.MAX_MODEL_LEN})
+        verdict = check.judge(path, config, PRESET, options)
     finally:
         # vLLM keeps these for the next model, and here they have no memory.
         rotary_embedding._ROPE_DICT.clear()
@@ -268,9 +272,11 @@ def main() -> None:
         )
     else:
         results = json.loads(asked.results.read_text()) if asked.results.exists() else {}
-        results |= run(asked.names or list(tiny_models.MODELS))
+        names = asked.names or [name for name in tiny_models.MODELS if name not in results]
         asked.results.parent.mkdir(parents=True, exist_ok=True)
-        asked.results.write_text(json.dumps(results))
+        for first in range(0, len(names), AT_ONCE):
+            results |= run(names[first : first + AT_ONCE])
+            asked.results.write_text(json.dumps(results))
         print(table(results))
 
 

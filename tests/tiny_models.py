@@ -101,6 +101,16 @@ def _of(architecture: str, model_type: str, base: Config = _LLAMA, /, **changes:
 MODELS: dict[str, Tiny] = {
     "llama": Tiny("Llama", _of("LlamaForCausalLM", "llama")),
     "llama-head-256": Tiny("Llama, head_dim 256", _of("LlamaForCausalLM", "llama", head_dim=256)),
+    "llama-skips": Tiny(
+        "Llama, --kv-cache-dtype-skip-layers 0",
+        _of("LlamaForCausalLM", "llama"),
+        options={"kv_cache_dtype_skip_layers": ["0"]},
+    ),
+    "llama-skips-all": Tiny(
+        "Llama, --kv-cache-dtype-skip-layers 0 1 2 3",
+        _of("LlamaForCausalLM", "llama"),
+        options={"kv_cache_dtype_skip_layers": ["0", "1", "2", "3"]},
+    ),
     "llama4": Tiny(
         "Llama 4 (text)",
         _of(
