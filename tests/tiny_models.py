@@ -245,6 +245,7 @@ MODELS: dict[str, Tiny] = {
             vocab_size_per_layer_input=VOCABULARY,
             hidden_activation="gelu_pytorch_tanh",
         ),
+        "bfloat16",
     ),
     "phi": Tiny(
         "Phi 1 and 2",
