@@ -227,6 +227,96 @@ def speculation() -> dict[str, Any]:
     return found
 
 
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    # A router that picks other experts for a rounding error would hide what attention does.
+    "gpt-oss": {"dtype": "float16", "hf_overrides": {"num_local_experts": 1, "num_experts_per_tok": 1}},
+    "gemma2": {},
+    "gemma3n": {},
+    "exaone4": {},
+}
+"""Of tests/tiny_models.py: sinks, soft caps, shared caches, and windows alone; windows in all of them."""
+
+
+def attentions() -> dict[str, Any]:
+    """Tiny models with every kind of attention, in pages of 16-bit floats and of codes, beside vLLM's own.
+
+    Contexts are several times the windows of 64 tokens. Prompts come in chunks; the pool is so small that
+    requests are preempted.
+    """
+    import tiny_models
+
+    tiny_models.register_loader()
+    small: dict[str, Any] = {
+        "load_format": tiny_models.LOAD_FORMAT,
+        "max_model_len": 448,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "num_gpu_blocks_override": 34,
+    }
+    ngram = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1, "num_speculative_tokens": 3}
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "auto": ("auto", {}),
+        "lossless": ("polarquant_lossless", {}),
+        "coded": ("polarquant_k4v4", {}),
+    }
+    more: dict[str, tuple[str, dict[str, Any]]] = {
+        "speculating": ("polarquant_lossless", {"speculative_config": ngram}),
+        "one group": ("polarquant_lossless", {"disable_hybrid_kv_cache_manager": True}),
+    }
+    crowd, long = text_prompts(8, 250), text_prompts(2, 800)
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in ATTENTIONS.items():
+            model = str(tiny_models.write(name, Path(folder)))
+            options = small | {"dtype": tiny_models.MODELS[name].dtype} | options
+            mine = found[name] = {}
+            for way, (dtype, special) in (ways | (more if name == "exaone4" else {})).items():
+                with _engine(dtype, model=model, **options, **special) as llm:
+                    some = _completions(_generate(llm, crowd, max_tokens=64, ignore_eos=True))
+                    preemptions = _counter(llm, "num_preemptions")
+                    first = _completions(_generate(llm, long, max_tokens=16, ignore_eos=True))
+                    again = _generate(llm, long, max_tokens=16, ignore_eos=True)
+                    scored = _generate(llm, long, max_tokens=1, prompt_logprobs=0)
+                    mine[way] = {
+                        "crowd": some,
+                        "preemptions": preemptions,
+                        "first": first,
+                        "cached": _completions(again),
+                        "cached tokens": [output.num_cached_tokens for output in again],
+                        "prompt tokens": [len(output.prompt_token_ids) for output in again],
+                        "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
+                        "logprobs": [
+                            next(iter(position.values())).logprob
+                            for output in scored
+                            for position in output.prompt_logprobs[1:]
+                        ],
+                    }
+    return found
+
+
+def stored_prompts() -> dict[str, Any]:
+    """Prompts that attend to what they stored, in one chunk and in several, alone and together."""
+    prompts = text_prompts(4, 1800)
+    found: dict[str, Any] = {}
+    # Centres come from a pass in chunks of the engine's own size, which rounds otherwise.
+    settings = {"polarquant": {"prefill_from_pages": True, "centre_keys": False}}
+    for name, options in (
+        ("whole", {"max_num_batched_tokens": 16384, "max_num_seqs": 1}),
+        ("cut", {"max_num_batched_tokens": 192, "max_num_seqs": 4}),
+    ):
+        with _engine("polarquant_k4v4", **EXACT, **options, additional_config=settings) as llm:
+            first = _generate(llm, prompts, max_tokens=1)
+            again = _generate(llm, prompts, max_tokens=1)
+            found[name] = {
+                "first": _completions(first),
+                "cached": _completions(again),
+                "cached tokens": [output.num_cached_tokens for output in again],
+                "prompt tokens": [len(output.prompt_token_ids) for output in again],
+            }
+    return found
+
+
 def graphs() -> dict[str, Any]:
     """Greedy tokens of requests of several lengths, decoded eagerly and by captured CUDA graphs."""
     prompts = [text[: 300 + 350 * i] for i, text in enumerate(text_prompts(5, 2500))]
@@ -294,6 +384,11 @@ def _centring(llm: Any) -> dict[str, Any]:
             "tables": fingerprint(tables),
             "requests": len(runner.req_states.req_id_to_index if states is None else states),
             "samples": sum(impl.sample is not None for impl in impls),
+            "shared": sum(impl.source is not None and impl.tables is impl.source.tables for impl in impls),
+            "sinks": sum(
+                impl.loaded_sinks is not None and impl.attention.sinks.equal(impl.loaded_sinks.float())
+                for impl in impls
+            ),
             "centres": [each.centres[0].clone() for each in tables],
         }
 
@@ -397,6 +492,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
         skipped_layers,
         hard_keys,
         speculation,
+        attentions,
+        stored_prompts,
         graphs,
         other_dtypes,
         tensor_parallel,

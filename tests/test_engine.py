@@ -8,6 +8,7 @@ from typing import Any
 
 import engine_runs
 import pytest
+import tiny_models
 import torch
 from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
 
@@ -162,6 +163,69 @@ def test_speculation_changes_no_greedy_token(speculation: dict[str, Any], method
     assert found["accepted"] > 60
     assert found["drafted"] > found["accepted"]
     assert_same_greedy_tokens(found["completions"], speculation["none"]["completions"], ties=1)
+
+
+@pytest.fixture(scope="module")
+def attentions() -> dict[str, Any]:
+    return run("attentions", VLLM_POLARQUANT_LOSSLESS="1")
+
+
+NEAR_TIES = {"float16": NEAR_TIE, "bfloat16": 0.13}
+"""Of logits below 16: two of them, off by one each, swap."""
+
+
+@pytest.mark.parametrize("name", engine_runs.ATTENTIONS)
+def test_windows_caps_sinks_and_shared_caches_give_what_auto_gives(
+    attentions: dict[str, Any], name: str
+) -> None:
+    """In 16-bit pages, in chunks, after preemption, from cached prefixes, speculating, in one group."""
+    auto = attentions[name]["auto"]
+    dtype = engine_runs.ATTENTIONS[name].get("dtype") or tiny_models.MODELS[name].dtype
+    ways = {way: found for way, found in attentions[name].items() if way not in ("auto", "coded")}
+    assert "lossless" in ways
+    for found in ways.values():
+        for schedule in ("crowd", "first", "cached"):
+            for mine, theirs in zip(found[schedule], auto[schedule], strict=True):
+                at = first_difference(mine["tokens"], theirs["tokens"])
+                assert at is None or theirs["gaps"][at] < NEAR_TIES[dtype], (schedule, at)
+        assert error(found, auto) < ROUNDING[dtype]
+        assert found["cached tokens"] == auto["cached tokens"]
+        assert min(found["cached tokens"]) > 2 * tiny_models.WINDOW
+        assert found["preemptions"] > 0
+    if "speculating" in ways:
+        assert ways["speculating"]["accepted"] > 20
+
+
+@pytest.mark.parametrize("name", engine_runs.ATTENTIONS)
+def test_codes_stay_near_what_auto_gives(attentions: dict[str, Any], name: str) -> None:
+    """Of random weights, whose attention is as sensitive as any."""
+    found, auto = attentions[name]["coded"], attentions[name]["auto"]
+    dtype = engine_runs.ATTENTIONS[name].get("dtype") or tiny_models.MODELS[name].dtype
+    assert ROUNDING[dtype] / 2 < error(found, auto) < 0.4
+    assert found["cached tokens"] == auto["cached tokens"]
+
+
+ROUNDING = {"float16": 0.008, "bfloat16": 0.03}
+
+
+def error(found: dict[str, Any], auto: dict[str, Any]) -> float:
+    """The mean difference of log-probabilities of the prompts' tokens."""
+    pairs = list(zip(found["logprobs"], auto["logprobs"], strict=True))
+    assert len(pairs) > 400
+    return sum(abs(mine - theirs) for mine, theirs in pairs) / len(pairs)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU's products of matrices are rounded by their sizes"
+)
+def test_prompts_that_attend_to_what_they_stored_do_not_depend_on_chunks_and_hits() -> None:
+    found = run("stored_prompts")
+    whole, cut = found["whole"], found["cut"]
+    assert min(whole["prompt tokens"]) > 2 * 192
+    assert min(whole["cached tokens"]) > 192
+    for other in (whole["cached"], cut["first"], cut["cached"]):
+        assert [each["tokens"] for each in other] == [each["tokens"] for each in whole["first"]]
+        assert [each["logprobs"] for each in other] == [each["logprobs"] for each in whole["first"]]
 
 
 @pytest.mark.gpu

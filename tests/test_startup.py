@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 
 pytest.importorskip("vllm")
@@ -479,6 +480,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {},
     ),
+    "sinks": (tiny_models.MODELS["gpt-oss"].config, {}),
+    "shared caches": (tiny_models.MODELS["gemma3n"].config, {}),
     "pooling": (LLAMA, {"runner": "pooling", "convert": "embed"}),
     "skipped": (LLAMA, {"kv_cache_dtype_skip_layers": ["0"]}),
     "hybrid": (
@@ -525,3 +528,16 @@ def test_the_pass_reaches_every_layer(kinds: dict[str, Any], name: str) -> None:
     assert kinds[name]["error"] is None
     assert kinds[name]["reached"] == kinds[name]["layers"] > 0
     assert kinds[name]["requests"] == kinds[name]["samples"] == 0
+
+
+@pytest.mark.slow
+def test_shared_caches_are_read_with_the_tables_they_were_written_with(kinds: dict[str, Any]) -> None:
+    found = kinds["shared caches"]
+    assert (found["layers"], found["shared"]) == (6, 2)
+    # Those two have no keys of their own to be centred.
+    assert any(line[0] == "4" for line in lines(kinds["log"]))
+
+
+@pytest.mark.slow
+def test_sinks_are_those_of_the_weights(kinds: dict[str, Any]) -> None:
+    assert kinds["sinks"]["sinks"] == kinds["sinks"]["layers"] == 4
