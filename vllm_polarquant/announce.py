@@ -54,12 +54,6 @@ class Rank:
     auto: dict[str, Any]
 
 
-def asked_for(config: Any) -> bool:
-    """Whether an engine, or its draft model, is to have one of our dtypes."""
-    dtypes = (config.cache_config.cache_dtype, getattr(config.speculative_config, "kv_cache_dtype", None))
-    return any(map(is_polar_dtype, dtypes))
-
-
 def layers_of(worker: Any) -> dict[str, Layer]:
     """The layers of a worker whose model is there, by name."""
     config = worker.vllm_config
@@ -92,8 +86,6 @@ def check(executor: Any) -> None:
         ValueError: if --kv-cache-dtype-skip-layers names a layer that is not there.
     """
     config = executor.vllm_config
-    if not asked_for(config):
-        return
     layers = _joined(executor.collective_rpc(layers_of))
     dtype = config.cache_config.cache_dtype
     for layer in layers.values():
@@ -112,9 +104,7 @@ def check(executor: Any) -> None:
 
 def announce(executor: Any) -> None:
     """Log the line of an engine whose workers have their caches."""
-    config = executor.vllm_config
-    if asked_for(config):
-        logger.info("%s", line(config, executor.collective_rpc(of_worker)))
+    logger.info("%s", line(executor.vllm_config, executor.collective_rpc(of_worker)))
 
 
 def line(config: Any, ranks: list[Rank]) -> str:

@@ -138,9 +138,9 @@ def after_kv_cache(call: Callable[[Any], None]) -> None:
 
 
 def before_kv_cache(call: Callable[[Any], None]) -> None:
-    """Call `call(executor)` in each engine core once all workers have their model, before memory is measured.
+    """Call `call(executor)` in an engine core of ours once all workers have their model.
 
-    Idempotent.
+    That is before memory is measured. Idempotent.
     """
     from vllm.v1.executor.abstract import Executor
 
@@ -149,7 +149,8 @@ def before_kv_cache(call: Callable[[Any], None]) -> None:
         return
 
     def get_kv_cache_specs(self: Any) -> Any:
-        call(self)
+        if asks_for_ours(self.vllm_config):
+            call(self)
         return original(self)
 
     get_kv_cache_specs.calls_polarquant = True  # type: ignore[attr-defined]
@@ -157,7 +158,7 @@ def before_kv_cache(call: Callable[[Any], None]) -> None:
 
 
 def before_scheduler(call: Callable[[Any], None]) -> None:
-    """Call `call(executor)` in each engine core once all workers have their KV cache.
+    """Call `call(executor)` in an engine core of ours once all workers have their KV cache.
 
     That is before its scheduler, and so its side of a KV connector, is made. Idempotent.
     """
@@ -169,10 +170,17 @@ def before_scheduler(call: Callable[[Any], None]) -> None:
 
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
-        call(self)
+        if asks_for_ours(self.vllm_config):
+            call(self)
 
     initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
     Executor.initialize_from_config = initialize_from_config
+
+
+def asks_for_ours(config: Any) -> bool:
+    """Whether an engine, or its draft model, is to have one of our dtypes; config: its VllmConfig."""
+    dtypes = (config.cache_config.cache_dtype, getattr(config.speculative_config, "kv_cache_dtype", None))
+    return any(map(is_polar_dtype, dtypes))
 
 
 def _labels(cache_config: Any) -> dict[str, str]:

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vllm_polarquant import compat
-from vllm_polarquant.format import is_polar_dtype
 
 NAME = "cache_identity"
 """The label that keys of offloaded blocks hold."""
@@ -86,10 +85,6 @@ def _name(text: str) -> str:
 def publish(executor: Any) -> None:
     """Put the identity of an engine's pages into its metrics and into the keys of what it offloads."""
     config = executor.vllm_config
-    speculative = config.speculative_config
-    dtypes = (config.cache_config.cache_dtype, getattr(speculative, "kv_cache_dtype", None))
-    if not any(map(is_polar_dtype, dtypes)):
-        return
     identity = joined(executor.collective_rpc(of_worker))
     if identity is None:
         return

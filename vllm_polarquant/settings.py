@@ -41,7 +41,7 @@ class Settings:
         names = [field.name for field in fields(cls)]
         if not isinstance(section, Mapping) or set(section) - set(names):
             raise ValueError(
-                f"--additional-config: {SECTION} holds {' and '.join(names)} and nothing else, got {section!r}"
+                f"--additional-config: {SECTION} holds {' and '.join(names)}, nothing else; got {section!r}"
             )
         for name, wanted in section.items():
             if not isinstance(wanted, bool):
