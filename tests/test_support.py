@@ -74,7 +74,7 @@ def test_an_ordinary_layer_is_served(preset: str, head_size: int) -> None:
 
 
 SELECTED = [rule for rule in RULES if rule.selector]
-SERVED_FLAGS = {"has_sliding_window", "has_sink"}
+SERVED_FLAGS = ("has_sliding_window", "has_sink")
 
 
 @pytest.mark.parametrize("flag", SERVED_FLAGS)
