@@ -245,24 +245,6 @@ TINY_MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         },
         ("ALiBi", "--kv-cache-dtype auto"),
     ),
-    "soft cap": (
-        LLAMA
-        | {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 128,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "sliding_window": None,
-            "layer_types": ["full_attention", "full_attention"],
-        },
-        ("soft-capped", "--kv-cache-dtype auto"),
-    ),
-    "sliding window": (
-        LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
-        ("sliding-window", "--kv-cache-dtype-skip-layers sliding_window"),
-    ),
     "MLA": (
         LLAMA
         | {
