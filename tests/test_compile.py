@@ -32,9 +32,7 @@ CASES = [
     (90, "polarquant_k3.5v3.5", 128, -1),
     (80, "polarquant_k4v3", 80, -2),
     (90, "polarquant_k8v4", 128, -2),
-    (90, "polarquant_k4v4", 128, 11),
     (90, "polarquant_k4v4", 128, 12),
-    (90, "polarquant_k4v4", 128, 21),
     (90, "polarquant_k4v4", 128, 31),
     (90, "polarquant_k3.5v3.5", 128, 22),
 ]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from vllm_polarquant.eval.measures.text import token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
-from vllm_polarquant.format import PRESETS
+from vllm_polarquant.format import LOSSLESS, PRESETS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -60,11 +60,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command on auto, a preset, and a dtype that nobody has."""
+    """The command on auto, a preset, and the test page, which no engine has unless it is registered."""
     suite = folder / "small.json"
     suite.write_text(json.dumps(SUITE))
     command = [sys.executable, "-m", "vllm_polarquant.eval.cli", "probe", "--suite", str(suite)]
-    command += ["--kv-cache-dtypes", f"polarquant_k9v9,{PRESET}", "--out", str(folder / "out")]
+    command += ["--kv-cache-dtypes", f"{LOSSLESS},{PRESET}", "--out", str(folder / "out")]
     # The reference knows no centres.
     command += ["--engine", json.dumps({"additional_config": {"polarquant": {"centre_keys": False}}})]
     return subprocess.run(command, env=child_env(), capture_output=True, text=True, timeout=560, check=False)
@@ -87,16 +87,14 @@ def reference() -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
     return exact, quantised, rows
 
 
-def test_every_cell_but_those_of_the_unknown_dtype_has_a_result(
+def test_every_cell_but_those_of_an_engine_that_does_not_start_has_a_result(
     ran: subprocess.CompletedProcess[str], cells: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     assert set(cells) == {(dtype, name) for dtype in ("auto", PRESET) for name in SUITE["cells"]}
     assert ran.returncode == 1
     failed = [line for line in ran.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 3
-    assert all(
-        line.startswith("failed: polarquant_k9v9, ") and "polarquant_k9v9.log" in line for line in failed
-    )
+    assert all(line.startswith(f"failed: {LOSSLESS}, ") and f"{LOSSLESS}.log" in line for line in failed)
     table = next(line for line in ran.stdout.splitlines() if line.startswith(f"| {PRESET}"))
     assert "10/10" in table and f"{cells[PRESET, 'text']['summary']['kl']:.4f}" in table
 

@@ -19,18 +19,7 @@ import tiny_models
 from model_runs import LOSSLESS, PRESET, announced, figures, parted
 
 RESULTS = os.environ.get("MODELS")
-USUAL = [
-    "llama-skips",
-    "llama-skips-all",
-    "gemma2",
-    "gemma3n",
-    "gpt-oss",
-    "llama4",
-    "falcon-h1",
-    "falcon",
-    "deepseek-v2",
-    "mimo-v2",
-]
+USUAL = ["llama-skips", "llama-skips-all", "gemma2", "llama4", "falcon-h1", "deepseek-v2", "mimo-v2"]
 NAMES = list(json.loads(Path(RESULTS).read_text())) if RESULTS else USUAL
 NEAR_TIE = {"float16": 0.04, "bfloat16": 0.15}
 """Logits are of the model's dtype; these are a few steps of theirs."""
