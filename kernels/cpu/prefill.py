@@ -84,9 +84,7 @@ def prefill_attention(
         part = on_pages(queries, max(first, end - segment_tokens), end)
         merged, lse[:queries] = _merge(attended[:queries], lse[:queries], *part)
         attended = torch.cat([merged, attended[queries:].float()])
-    if attention.sinks is not None:
-        attended = attended * torch.sigmoid(lse - attention.sinks)[..., None]
-    out.copy_(attended)
+    out.copy_(_less_sinks(attended, lse, attention))
 
 
 def _attend_to_stored(
@@ -126,9 +124,7 @@ def _attend_to_stored(
                 part = _capped(block, stored[0], stored[1], attention.scale, attention.soft_cap, mask)
             outs[i], lses[i] = _merge(outs[i], lses[i], *part)
     for rows, attended, lse in zip(out.split(_QUERIES), outs, lses, strict=True):
-        attended = tables.restore_outputs(attended)
-        if attention.sinks is not None:
-            attended = attended * torch.sigmoid(lse - attention.sinks)[..., None]
+        attended = _less_sinks(tables.restore_outputs(attended), lse, attention)
         rows.copy_(attended[: len(rows)])
 
 
@@ -206,6 +202,13 @@ def _capped(
     out = (weights.flatten(1, 2) @ value.float().transpose(0, 1)).view(q.shape) / total
     lse = (top + total.log())[..., 0]
     return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
+
+
+def _less_sinks(attended: torch.Tensor, lse: torch.Tensor, attention: Attention) -> torch.Tensor:
+    """Attention [T, Hq, d] without what sinks get of the softmax; lse [T, Hq], without them."""
+    if attention.sinks is None:
+        return attended
+    return attended * torch.sigmoid(lse - attention.sinks)[..., None]
 
 
 def _merge(
