@@ -171,7 +171,9 @@ def test_gpu_state_reads_a_line_of_nvidia_smi() -> None:
 
 
 def test_the_default_grid_varies_one_thing_at_a_time_and_has_the_judged_shapes() -> None:
-    decodes = [case for case in default_cases() if case.op == "decode" and case.lengths == "equal"]
+    decodes = [
+        case for case in default_cases() if case.op == "decode" and case.lengths == "equal" and case.plain
+    ]
     assert len(set(decodes)) == len(decodes)
     corners = {(1, 131072), (8, 1024), (128, 1024)}
     axes = {"batch": set(), "context": set(), "group": set(), "head_dim": set()}
@@ -187,8 +189,28 @@ def test_the_default_grid_varies_one_thing_at_a_time_and_has_the_judged_shapes()
     assert (CENTRE.batch, CENTRE.context, CENTRE.group, CENTRE.head_dim) == (32, 16384, 4, 128)
 
 
+def test_what_is_not_plain_is_measured_beside_flash_attention() -> None:
+    special = [case for case in default_cases() if not case.plain]
+    assert {(case.group, case.tokens) for case in special if case.tokens > 1} == {
+        (group, tokens) for group in (4, 8) for tokens in (2, 4, 8, 16)
+    }
+    alone = [replace(case, window=None, soft_cap=None, sinks=False) for case in special if case.tokens == 1]
+    assert alone == [CENTRE] * 4
+    assert {name for case, name in jobs(special, [*PEERS, K4V4], everywhere=False)} == {"auto", "fp8", K4V4}
+    labels = [case.label for case in special]
+    assert "32 x 16k, 4 queries, GQA 8, d 128" in labels
+    assert "32 x 16k, window 1k, soft cap 50, sinks, GQA 4, d 128" in labels
+
+
+def test_only_a_window_s_bytes_are_moved() -> None:
+    page_bytes = 32 * 8 * 132
+    assert replace(CENTRE, window=1024).moved_bytes(132) == page_bytes * 1024
+    assert replace(CENTRE, window=1024, tokens=4).moved_bytes(132) == page_bytes * 1027
+    assert replace(CENTRE, window=1 << 20).moved_bytes(132) == CENTRE.moved_bytes(132)
+
+
 def test_the_full_grid_is_the_whole_product() -> None:
-    decodes = {c for c in grid.full_cases() if c.op == "decode"}
+    decodes = {c for c in grid.full_cases() if c.op == "decode" and c.plain}
     shapes = {(c.batch, c.context, c.group, c.head_dim) for c in decodes}
     assert len(shapes) == len(decodes) == 3 * 3 * (4 * 4 + 1)
     assert {(128, 131072, 8, 256), (1, 1024, 1, 64), (32, 16384, 4, 128)} <= shapes
@@ -218,7 +240,8 @@ def test_every_preset_is_measured_at_the_centre_and_peers_everywhere() -> None:
     todo = jobs(default_cases(), [*PEERS, *PRESETS], everywhere=False)
     assert {name for case, name in todo if case == CENTRE} == {*PEERS, *PRESETS}
     for case in default_cases():
-        assert {*PEERS, K4V4} <= {name for mine, name in todo if mine == case}
+        assert {"auto", "fp8", K4V4} <= {name for mine, name in todo if mine == case}
+        assert not case.plain or {*PEERS} <= {name for mine, name in todo if mine == case}
     assert len(jobs(default_cases(), [*PRESETS], everywhere=True)) == len(default_cases()) * len(PRESETS)
 
 
@@ -238,7 +261,11 @@ def test_layers_together_exceed_the_l2_cache() -> None:
 
 def test_parse_decode() -> None:
     assert parse_decode("32x16384,8x1024x8x256") == [CENTRE, Case("decode", 8, 1024, group=8, head_dim=256)]
-    for bad in ("32", "32x", "0x16", "ax16", "1x2x3x4x5", "32x-1"):
+    assert parse_decode("32x16384:tokens=4:window=1024,32x16384:soft_cap=2.5:sinks") == [
+        replace(CENTRE, tokens=4, window=1024),
+        replace(CENTRE, soft_cap=2.5, sinks=True),
+    ]
+    for bad in ("32", "32x", "0x16", "ax16", "1x2x3x4x5", "32x-1", "8x8:", "8x8:window", "8x8:tokens=-1"):
         with pytest.raises(ValueError, match="BATCHxCONTEXT"):
             parse_decode(bad)
 

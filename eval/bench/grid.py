@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
@@ -17,6 +17,9 @@ Lengths = Literal["equal", "mixed", "one long"]
 
 PEERS = ("auto", "fp8", "turboquant_4bit_nc", "int4_per_token_head")
 """The --kv-cache-dtype names of vLLM's own caches that ours are measured beside; `auto` is bfloat16."""
+
+FLASH = ("auto", "fp8")
+"""Those that FlashAttention reads."""
 
 FLUSH_BYTES = 4 << 26
 """What the layers of one measurement read together: four times 64 MiB, more than a GPU's L2 cache."""
@@ -33,10 +36,11 @@ STORE_POOL = 1 << 16
 class Case:
     """One operation on one shape.
 
-    decode: a token each of `batch` requests that have `context` tokens, their own included; of "mixed"
-    lengths, spread evenly from near 0 to near twice that, in random order; or of which all but one have only
-    SHORT. prefix: a chunk of `tokens` tokens of each request, after `context` cached ones. store: `tokens`
-    tokens go to slots of a cache of `context` tokens.
+    decode: `tokens` queries each of `batch` requests that have `context` tokens, their own included; of
+    "mixed" lengths, spread evenly from near 0 to near twice that, in random order; or of which all but one
+    have only SHORT; with a window, a soft cap or a sink a head, if these are given. prefix: a chunk of
+    `tokens` tokens of each request, after `context` cached ones. store: `tokens` tokens go to slots of a
+    cache of `context` tokens.
     """
 
     op: Operation
@@ -48,6 +52,16 @@ class Case:
     kv_heads: int = 8
     block_size: int = 16
     lengths: Lengths = "equal"
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a query of each request sees all of its tokens, and their logits as they are."""
+        return self.op != "decode" or (
+            self.tokens == 1 and self.window is None and self.soft_cap is None and not self.sinks
+        )
 
     @property
     def heads(self) -> int:
@@ -92,7 +106,10 @@ class Case:
         vector = self.kv_heads * self.head_dim * 2
         if self.op == "store":
             return self.tokens * (2 * vector + self.kv_heads * slot_bytes)
-        cached = self.batch * self.context if self.op == "prefix" else sum(self.seq_lens)
+        seen = self.seq_lens
+        if self.window is not None:
+            seen = [min(length, self.window + self.tokens - 1) for length in seen]
+        cached = self.batch * self.context if self.op == "prefix" else sum(seen)
         return cached * self.kv_heads * slot_bytes + (
             2 * self.batch * self.tokens * vector if self.op == "prefix" else 0
         )
@@ -109,6 +126,11 @@ class Case:
         }[self.op]
         if self.lengths == "mixed":
             shape += " on average"
+        if self.op == "decode":
+            shape += f", {self.tokens} queries" if self.tokens > 1 else ""
+            shape += f", window {short(self.window)}" if self.window is not None else ""
+            shape += f", soft cap {self.soft_cap:g}" if self.soft_cap is not None else ""
+            shape += ", sinks" if self.sinks else ""
         return f"{shape}, GQA {self.group}, d {self.head_dim}" if self.op != "store" else (
             f"{shape}, d {self.head_dim}"
         )  # fmt: skip
@@ -122,6 +144,14 @@ def short(count: int) -> str:
 CENTRE = Case("decode", 32, 16384)
 """The shape around which the default grid varies one thing at a time."""
 
+QUERIES = (2, 4, 8, 16)
+"""Query tokens a request of the default grid, as speculation verifies them."""
+
+_VARIANTS = (
+    [replace(CENTRE, tokens=tokens, group=group) for group in (4, 8) for tokens in QUERIES]
+    + [replace(CENTRE, window=1024), replace(CENTRE, soft_cap=50.0), replace(CENTRE, sinks=True)]
+    + [replace(CENTRE, window=1024, soft_cap=50.0, sinks=True)]
+)
 _STORES = [Case("store", 1, STORE_POOL, tokens=n) for n in (32, 512, 8192)]
 _PREFIXES = [
     Case("prefix", 1, context, tokens=tokens)
@@ -139,7 +169,7 @@ def default_cases() -> list[Case]:
     decodes += [replace(CENTRE, head_dim=head_dim) for head_dim in (64, 256)]
     decodes += [replace(CENTRE, batch=batch, lengths="mixed") for batch in (8, 32)]
     decodes += [replace(CENTRE, batch=20), replace(CENTRE, context=131072, lengths="one long")]
-    return [*decodes, *_STORES, *_PREFIXES]
+    return [*decodes, *_VARIANTS, *_STORES, *_PREFIXES]
 
 
 def full_cases() -> list[Case]:
@@ -152,7 +182,9 @@ def full_cases() -> list[Case]:
         )
         if context != 16384 or batch == 32
     ]
-    rest = [replace(case, head_dim=head_dim) for head_dim in dims for case in _STORES + _PREFIXES]
+    rest = [*_VARIANTS] + [
+        replace(case, head_dim=head_dim) for head_dim in dims for case in _STORES + _PREFIXES
+    ]
     return decodes + rest
 
 
@@ -160,7 +192,7 @@ def tiny_cases() -> list[Case]:
     """Shapes that Triton's interpreter takes seconds for."""
     small = Case("decode", 2, 80, group=2, head_dim=64, kv_heads=1)
     return [
-        small,
+        replace(small, tokens=3, window=40, soft_cap=5.0, sinks=True),
         replace(small, op="store", batch=1, context=128, tokens=5),
         replace(small, op="prefix", batch=1, context=48, tokens=16),
     ]
@@ -169,7 +201,8 @@ def tiny_cases() -> list[Case]:
 def jobs(cases: Iterable[Case], contenders: Sequence[str], everywhere: bool) -> list[tuple[Case, str]]:
     """Pairs to measure. Presets other than the default one run everywhere, or where a row compares them.
 
-    Those rows are CENTRE, the largest store, and every case where no such row is in the grid.
+    Those rows are CENTRE, the largest store, and every case where no such row is in the grid. Where a decode
+    is not plain, only FlashAttention is a peer: others know no windows, or read no two queries at once.
     """
     cases = list(cases)
     compared = {CENTRE, _STORES[-1]} & set(cases) or set(cases)
@@ -177,21 +210,41 @@ def jobs(cases: Iterable[Case], contenders: Sequence[str], everywhere: bool) -> 
         (case, name)
         for case in cases
         for name in contenders
-        if everywhere or name not in PRESETS or name == DEFAULT_PRESET or case in compared
+        if (name in (*PRESETS, *FLASH) or case.plain)
+        and (everywhere or name not in PRESETS or name == DEFAULT_PRESET or case in compared)
     ]
 
 
+_OPTIONS: dict[str, Callable[[str], Any]] = {"tokens": int, "window": int, "soft_cap": float}
+
+
 def parse_decode(text: str) -> list[Case]:
-    """Decode cases from "32x16384,8x1024x8x256": batch, context, and group and head size if not 4, 128.
+    """Decode cases from "32x16384,8x1024x8x256:tokens=4:window=1024:soft_cap=50:sinks".
+
+    Batch, context, and group and head size if not 4, 128; then what a plain decode of one token has not.
 
     Raises:
         ValueError: naming what could not be read.
     """
     cases = []
     for part in text.split(","):
-        numbers = [int(n) for n in part.split("x") if n.isdecimal()]
-        if len(numbers) != part.count("x") + 1 or not 2 <= len(numbers) <= 4 or 0 in numbers:
-            raise ValueError(f"{part!r} is not BATCHxCONTEXT, BATCHxCONTEXTxGROUP or ...xHEAD_DIM")
+        shape, *options = part.split(":")
+        numbers = [int(n) for n in shape.split("x") if n.isdecimal()]
+        given: dict[str, Any] = {"sinks": True} if "sinks" in options else {}
+        for name, _, number in (option.partition("=") for option in options if option != "sinks"):
+            try:
+                given[name] = _OPTIONS[name](number)
+            except (KeyError, ValueError):
+                given[name] = 0
+        if (
+            len(numbers) != shape.count("x") + 1
+            or not 2 <= len(numbers) <= 4
+            or not all(n > 0 for n in [*numbers, *given.values()])
+        ):
+            raise ValueError(
+                f"{part!r} is not BATCHxCONTEXT, BATCHxCONTEXTxGROUP or ...xHEAD_DIM, with or without "
+                ":tokens=N, :window=N, :soft_cap=X and :sinks"
+            )
         batch, context, group, head_dim = [*numbers, *(4, 128)[len(numbers) - 2 :]]
-        cases.append(Case("decode", batch, context, group=group, head_dim=head_dim))
+        cases.append(Case("decode", batch, context, group=group, head_dim=head_dim, **given))
     return cases

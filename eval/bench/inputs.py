@@ -13,6 +13,8 @@ from typing import Protocol
 
 import torch
 
+from vllm_polarquant import reference
+from vllm_polarquant.attention import Attention
 from vllm_polarquant.eval.bench.grid import Case
 
 DTYPE = torch.bfloat16
@@ -30,7 +32,7 @@ class Inputs:
     query [T, heads, d] and key, value [T, kv_heads, d], bfloat16: the new tokens, T of all requests.
     block_table int32 [batch, blocks of a request], seq_lens int32 [batch], query_start_loc int32
     [batch + 1], slots int64 [T]. pattern_key and pattern_value [P, kv_heads, d]: what the cache holds,
-    again and again.
+    again and again. attention: of the layer.
     """
 
     case: Case
@@ -43,6 +45,7 @@ class Inputs:
     slots: torch.Tensor
     pattern_key: torch.Tensor
     pattern_value: torch.Tensor
+    attention: Attention
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +118,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         slots,
         pattern[0],
         pattern[1],
+        Attention(case.scale, case.window, case.soft_cap, normal(case.heads).float() if case.sinks else None),
     )
 
 
@@ -154,12 +158,9 @@ def exact_attention(inputs: Inputs) -> torch.Tensor:
     position = torch.arange(case.seq_lens[0], device=inputs.device)
     block = inputs.block_table[0, position // case.block_size].long()
     own = _pattern_rows(block, position, inputs.pattern_key, case.block_size)
-    key, value = inputs.pattern_key[own].double(), inputs.pattern_value[own].double()
-    query = inputs.query[rows].double().unflatten(1, (case.kv_heads, case.group))
-    logits = torch.einsum("nhgd,shd->nhgs", query, key) * case.scale
+    key, value = inputs.pattern_key[own], inputs.pattern_value[own]
     last = position[-case.tokens :][rows]
-    logits = logits.masked_fill((position > last[:, None])[:, None, None], float("-inf"))
-    return torch.einsum("nhgs,shd->nhgd", logits.softmax(-1), value).flatten(1, 2)
+    return reference.dense_attention(inputs.query[rows], key, value, last, inputs.attention).out
 
 
 def relative_error(have: torch.Tensor, want: torch.Tensor) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vllm_polarquant import reference
-from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
 from vllm_polarquant.eval.bench.inputs import DTYPE, Inputs
 from vllm_polarquant.format import SEGMENT, Slot
@@ -139,9 +138,9 @@ class Polar:
         case = inputs.case
         slot = Slot(self.name, case.head_dim)
         shape = LayerShape(slot, case.heads, case.kv_heads, DTYPE, inputs.device)
-        ops = self.make(shape, Limits(case.batch))
+        ops = self.make(shape, Limits(case.batch, case.tokens if case.op == "decode" else 1))
         # Planned once a step for all layers, so outside of the timed calls.
-        plan = ops.planner().plan(batch_of(inputs)) if case.op != "store" else None
+        plan = ops.planner((case.window,)).plan(batch_of(inputs)) if case.op != "store" else None
         return [self.layer(inputs, ops, plan, cache.transpose(1, 2)) for cache in caches]
 
 
@@ -157,7 +156,6 @@ class PolarLayer:
         self.tables = tables(self.slot, DTYPE, cache.device, heads, segments)
         count = max(len(inputs.slots), len(inputs.pattern_key))
         self.segments = torch.zeros(count, dtype=torch.int32, device=cache.device)
-        self.attention = Attention(inputs.case.scale)
         self.out = torch.empty_like(inputs.query)
 
     def store(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
@@ -167,10 +165,10 @@ class PolarLayer:
         given, plan = self.inputs, self.plan
         assert plan is not None
         if given.case.op == "decode":
-            self.ops.decode(given.query, self.cache, plan, self.attention, self.tables, self.out)
+            self.ops.decode(given.query, self.cache, plan, given.attention, self.tables, self.out)
         else:
             self.ops.prefill(
-                given.query, given.key, given.value, self.cache, plan, self.attention, self.tables, self.out
+                given.query, given.key, given.value, self.cache, plan, given.attention, self.tables, self.out
             )
         return self.out
 
@@ -186,5 +184,5 @@ class PolarLayer:
             given.query_start_loc[:2],
             page,
             byte_order(self.ops, page),
-            self.attention,
+            given.attention,
         ).out

@@ -44,8 +44,10 @@ def _impl_arguments(inputs: Inputs, dtype: str) -> dict[str, Any]:
         "scale": case.scale,
         "num_kv_heads": case.kv_heads,
         "alibi_slopes": None,
-        "sliding_window": None,
+        "sliding_window": case.window,
         "kv_cache_dtype": dtype,
+        "logits_soft_cap": case.soft_cap,
+        "sinks": None if inputs.attention.sinks is None else inputs.attention.sinks.to(inputs.query.dtype),
     }
 
 
@@ -100,7 +102,8 @@ class FlashAttention:
                 cu_seqlens_q=inputs.query_start_loc,
                 page_size=case.block_size,
                 causal=True,
-                window_size=(-1, -1),
+                window_size=impl.sliding_window,
+                has_softcap=case.soft_cap is not None,
                 num_splits=splits,
             )
         metadata = FlashAttentionMetadata(
