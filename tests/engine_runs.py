@@ -1,4 +1,4 @@
-"""Real engines on the probe model, in a child process: `run(name)` calls a scenario below.
+"""Real engines in a child process: `run(name)` calls a scenario below, or of another script like this one.
 
 A child boots several engines and answers with one JSON object, to which `run` adds what the child
 logged. Nothing here asserts anything; tests compare what came back.
@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from vllm_polarquant.eval.probe import episodes
 
@@ -24,6 +26,9 @@ PROBE_LAYERS, PROBE_KV_HEADS = 5, 2
 # bfloat16 logits of the probe are multiples of 1/8, so that two of them often tie; float16's seldom do.
 EXACT: dict[str, Any] = {"dtype": "float16"}
 EAGER: dict[str, Any] = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "disable_log_stats": False}
+if torch.cuda.is_available():
+    # Of several engines on one GPU each sees only what the others leave free.
+    EAGER["gpu_memory_utilization"] = 0.05
 
 
 def child_env(**env: str) -> dict[str, str]:
@@ -39,11 +44,11 @@ def child_env(**env: str) -> dict[str, str]:
 
 
 @functools.cache
-def _run(scenario: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def _run(script: str, scenario: str, arguments: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         child = subprocess.run(
-            [sys.executable, __file__, scenario, str(out)],
+            [sys.executable, script, scenario, arguments, str(out)],
             env=child_env(**dict(env)),
             text=True,
             stdout=subprocess.PIPE,
@@ -55,9 +60,20 @@ def _run(scenario: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
         return json.loads(out.read_text()) | {"log": child.stdout}
 
 
-def run(scenario: str, **env: str) -> dict[str, Any]:
-    """What a scenario returned in a process of its own, and its `log`; run once for all tests."""
-    return _run(scenario, tuple(sorted(env.items())))
+def run(scenario: str, *arguments: Any, script: str = __file__, **env: str) -> dict[str, Any]:
+    """What a scenario returned in a process of its own, and its `log`; run once for all tests.
+
+    arguments: of the scenario, as JSON carries them.
+    script: the file that has it.
+    """
+    return _run(script, scenario, json.dumps(arguments), tuple(sorted(env.items())))
+
+
+def main(scenarios: Iterable[Callable[..., dict[str, Any]]]) -> None:
+    """Of a script that `run` starts."""
+    scenario, arguments, out = sys.argv[1:]
+    (chosen,) = (each for each in scenarios if each.__name__ == scenario)
+    Path(out).write_text(json.dumps(chosen(*json.loads(arguments))))
 
 
 def text_prompts(count: int, chars: int) -> list[str]:
@@ -233,12 +249,35 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {},
     "gemma3n": {},
     "exaone4": {},
+    "gemma3": {},
+    "gemma4": {},
+    # Without experts, whose kernels not every build of vLLM has.
+    "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 44},
+    "granite": {
+        "hf_overrides": {
+            "attention_multiplier": 0.125,
+            "attention_sinks": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+        }
+    },
+    "llama-head-256": {},
 }
-"""Of tests/tiny_models.py: sinks, soft caps, shared caches, and windows alone; windows in all of them."""
+"""Of tests/tiny_models.py, and options: sinks, soft caps, shared caches, chunks, windows of 64 tokens."""
+
+ATTENTIONS_ON_CPU = ["gpt-oss", "gemma2", "gemma3n", "exaone4"]
+"""One of each kind."""
 
 
-def attentions() -> dict[str, Any]:
-    """Tiny models with every kind of attention, in pages of 16-bit floats and of codes, beside vLLM's own.
+def dtype_of(model: str) -> str:
+    """Of a model of ATTENTIONS."""
+    import tiny_models
+
+    return ATTENTIONS[model].get("dtype") or tiny_models.MODELS[model].dtype
+
+
+def attentions(names: list[str]) -> dict[str, Any]:
+    """Tiny models of ATTENTIONS in pages of 16-bit floats and of codes, beside vLLM's own.
 
     Contexts are several times the windows of 64 tokens. Prompts come in chunks; the pool is so small that
     requests are preempted.
@@ -267,9 +306,9 @@ def attentions() -> dict[str, Any]:
     crowd, long = text_prompts(8, 250), text_prompts(2, 800)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, options in ATTENTIONS.items():
+        for name in names:
             model = str(tiny_models.write(name, Path(folder)))
-            options = small | {"dtype": tiny_models.MODELS[name].dtype} | options
+            options = small | ATTENTIONS[name] | {"dtype": dtype_of(name)}
             mine = found[name] = {}
             for way, (dtype, special) in (ways | (more if name == "exaone4" else {})).items():
                 with _engine(dtype, model=model, **options, **special) as llm:
@@ -295,7 +334,7 @@ def attentions() -> dict[str, Any]:
     return found
 
 
-def stored_prompts() -> dict[str, Any]:
+def stored_prompts(dtype: str) -> dict[str, Any]:
     """Prompts that attend to what they stored, in one chunk and in several, alone and together."""
     prompts = text_prompts(4, 1800)
     found: dict[str, Any] = {}
@@ -305,7 +344,7 @@ def stored_prompts() -> dict[str, Any]:
         ("whole", {"max_num_batched_tokens": 16384, "max_num_seqs": 1}),
         ("cut", {"max_num_batched_tokens": 192, "max_num_seqs": 4}),
     ):
-        with _engine("polarquant_k4v4", **EXACT, **options, additional_config=settings) as llm:
+        with _engine(dtype, **EXACT, **options, additional_config=settings) as llm:
             first = _generate(llm, prompts, max_tokens=1)
             again = _generate(llm, prompts, max_tokens=1)
             found[name] = {
@@ -314,25 +353,6 @@ def stored_prompts() -> dict[str, Any]:
                 "cached tokens": [output.num_cached_tokens for output in again],
                 "prompt tokens": [len(output.prompt_token_ids) for output in again],
             }
-    return found
-
-
-def graphs() -> dict[str, Any]:
-    """Greedy tokens of requests of several lengths, decoded eagerly and by captured CUDA graphs."""
-    prompts = [text[: 300 + 350 * i] for i, text in enumerate(text_prompts(5, 2500))]
-    prompts += [prompt for prompt, _ in questions(1000, 3)]
-    ways: dict[str, dict[str, Any]] = {
-        "eager": {},
-        # Without torch.compile, so that both run the same operations.
-        "captured": {
-            "enforce_eager": False,
-            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        },
-    }
-    found: dict[str, Any] = {}
-    for name, options in ways.items():
-        with _engine("polarquant_k4v4", **EXACT, **options, gpu_memory_utilization=0.1) as llm:
-            found[name] = _completions(_generate(llm, prompts, max_tokens=96, ignore_eos=True))
     return found
 
 
@@ -484,24 +504,20 @@ def boots() -> dict[str, Any]:
     return found
 
 
-SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f
-    for f in (
-        lossless,
-        presets,
-        skipped_layers,
-        hard_keys,
-        speculation,
-        attentions,
-        stored_prompts,
-        graphs,
-        other_dtypes,
-        tensor_parallel,
-        centred,
-        kinds,
-        boots,
-    )
-}
-
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(SCENARIOS[sys.argv[1]]()))
+    main(
+        (
+            lossless,
+            presets,
+            skipped_layers,
+            hard_keys,
+            speculation,
+            attentions,
+            stored_prompts,
+            other_dtypes,
+            tensor_parallel,
+            centred,
+            kinds,
+            boots,
+        )
+    )

@@ -10,39 +10,19 @@ import engine_runs
 import pytest
 import tiny_models
 import torch
+from answers import (
+    NEAR_TIE,
+    assert_attention_is_that_of_auto,
+    assert_same_greedy_tokens,
+    first_difference,
+    share_right,
+)
 from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
 
 from vllm_polarquant.format import Slot
 from vllm_polarquant.page import Page
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-
-NEAR_TIE = 0.04
-"""Float16 logits between 16 and 32 are multiples of 1/64: two of them, off by one each, swap."""
-
-Completions = list[dict[str, list[Any]]]
-
-
-def first_difference(have: list[int], want: list[int]) -> int | None:
-    """Where two token sequences part, if they do."""
-    assert len(have) == len(want)
-    return next((i for i, (a, b) in enumerate(zip(have, want, strict=True)) if a != b), None)
-
-
-def assert_same_greedy_tokens(have: Completions, want: Completions, ties: int) -> None:
-    """Identical, except from where `want` itself had two tokens as good as equal, in `ties` requests."""
-    assert len(have) == len(want)
-    parted = {}
-    for request, (mine, theirs) in enumerate(zip(have, want, strict=True)):
-        at = first_difference(mine["tokens"], theirs["tokens"])
-        if at is not None:
-            parted[request] = (at, theirs["gaps"][at])
-    assert all(gap < NEAR_TIE for _, gap in parted.values()), parted
-    assert len(parted) <= ties, parted
-
-
-def share_right(answers: dict[str, Any]) -> float:
-    return sum(answers["right"]) / len(answers["right"])
 
 
 @pytest.fixture(scope="module")
@@ -167,74 +147,27 @@ def test_speculation_changes_no_greedy_token(speculation: dict[str, Any], method
 
 @pytest.fixture(scope="module")
 def attentions() -> dict[str, Any]:
-    return run("attentions", VLLM_POLARQUANT_LOSSLESS="1")
+    return run("attentions", engine_runs.ATTENTIONS_ON_CPU, VLLM_POLARQUANT_LOSSLESS="1")
 
 
-NEAR_TIES = {"float16": NEAR_TIE, "bfloat16": 0.13}
-"""Of logits below 16: two of them, off by one each, swap."""
-
-
-@pytest.mark.parametrize("name", engine_runs.ATTENTIONS)
+@pytest.mark.parametrize("name", engine_runs.ATTENTIONS_ON_CPU)
 def test_windows_caps_sinks_and_shared_caches_give_what_auto_gives(
     attentions: dict[str, Any], name: str
 ) -> None:
-    """In 16-bit pages, in chunks, after preemption, from cached prefixes, speculating, in one group."""
-    auto = attentions[name]["auto"]
-    dtype = engine_runs.ATTENTIONS[name].get("dtype") or tiny_models.MODELS[name].dtype
-    ways = {way: found for way, found in attentions[name].items() if way not in ("auto", "coded")}
-    assert "lossless" in ways
-    for found in ways.values():
-        for schedule in ("crowd", "first", "cached"):
-            for mine, theirs in zip(found[schedule], auto[schedule], strict=True):
-                at = first_difference(mine["tokens"], theirs["tokens"])
-                assert at is None or theirs["gaps"][at] < NEAR_TIES[dtype], (schedule, at)
-        assert error(found, auto) < ROUNDING[dtype]
-        assert found["cached tokens"] == auto["cached tokens"]
-        assert min(found["cached tokens"]) > 2 * tiny_models.WINDOW
-        assert found["preemptions"] > 0
-    if "speculating" in ways:
-        assert ways["speculating"]["accepted"] > 20
-
-
-@pytest.mark.parametrize("name", engine_runs.ATTENTIONS)
-def test_codes_stay_near_what_auto_gives(attentions: dict[str, Any], name: str) -> None:
-    """Of random weights, whose attention is as sensitive as any."""
-    found, auto = attentions[name]["coded"], attentions[name]["auto"]
-    dtype = engine_runs.ATTENTIONS[name].get("dtype") or tiny_models.MODELS[name].dtype
-    assert ROUNDING[dtype] / 2 < error(found, auto) < 0.4
-    assert found["cached tokens"] == auto["cached tokens"]
-
-
-ROUNDING = {"float16": 0.008, "bfloat16": 0.03}
-
-
-def error(found: dict[str, Any], auto: dict[str, Any]) -> float:
-    """The mean difference of log-probabilities of the prompts' tokens."""
-    pairs = list(zip(found["logprobs"], auto["logprobs"], strict=True))
-    assert len(pairs) > 400
-    return sum(abs(mine - theirs) for mine, theirs in pairs) / len(pairs)
+    assert_attention_is_that_of_auto(attentions[name], engine_runs.dtype_of(name), tiny_models.WINDOW)
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="a GPU's products of matrices are rounded by their sizes"
 )
 def test_prompts_that_attend_to_what_they_stored_do_not_depend_on_chunks_and_hits() -> None:
-    found = run("stored_prompts")
+    found = run("stored_prompts", "polarquant_k4v4")
     whole, cut = found["whole"], found["cut"]
     assert min(whole["prompt tokens"]) > 2 * 192
     assert min(whole["cached tokens"]) > 192
     for other in (whole["cached"], cut["first"], cut["cached"]):
         assert [each["tokens"] for each in other] == [each["tokens"] for each in whole["first"]]
         assert [each["logprobs"] for each in other] == [each["logprobs"] for each in whole["first"]]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_captured_graphs_give_the_greedy_tokens_of_eager_decoding() -> None:
-    found = run("graphs")
-    assert "Graph capturing finished" in found["log"]
-    assert len(found["captured"]) == 8
-    assert_same_greedy_tokens(found["captured"], found["eager"], ties=1)
 
 
 def test_other_dtypes_do_not_notice_the_plugin() -> None:
