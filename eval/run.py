@@ -82,6 +82,20 @@ def _engine_options(text: str) -> dict[str, Any]:
     return options
 
 
+def _settings(given: list[str]) -> dict[str, Any]:
+    """Parameters by CELL.PARAMETER."""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not all(name.rpartition(".")):
+            fail(COMMAND, f"--set {text!r} is not of the form CELL.PARAMETER=VALUE, such as text.rows=4")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
 def _gpus(text: str) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each dtype that runs at a time; of one that inherits it, if none are named."""
     groups = [group.strip().replace("+", ",") for group in text.split(",") if group.strip()]
@@ -144,6 +158,14 @@ def main(
     think_end: Annotated[
         str | None, typer.Option(help="Text that ends a reasoning model's thinking, such as '</think>'.")
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="CELL.PARAMETER=VALUE",
+            help="In place of the suite's own; the value is JSON, or text as it stands. Can be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Measure what KV cache dtypes do to a model: KL, perplexity, retrieval, tasks of lm-eval.
 
@@ -167,7 +189,7 @@ def main(
         fail(COMMAND, problem)
     options = _engine_options(engine)
     given = {"limit": limit, "chat": chat, "think_end": think_end}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {name: value for name, value in given.items() if value is not None} | _settings(setting or [])
     try:
         cells = load_suite(suite, options, changes, [*filter(None, map(str.strip, only.split(",")))])
         for cell in cells:

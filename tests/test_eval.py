@@ -28,7 +28,7 @@ from vllm_polarquant.eval.measures import MEASURES, Outcome
 from vllm_polarquant.eval.measures.greedy import same_until
 from vllm_polarquant.eval.measures.next_token import block_error, divergence
 from vllm_polarquant.eval.measures.retrieval import summarise
-from vllm_polarquant.eval.measures.text import encode, token_rows
+from vllm_polarquant.eval.measures.text import encode, read_text, token_rows
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import SuiteError, load_suite, suite_names
 from vllm_polarquant.eval.worker import reason
@@ -166,6 +166,46 @@ def test_text_that_cannot_be_read_is_named(
         path.write_text(content)
     with pytest.raises(ValueError, match=words):
         token_rows(Characters(), str(path), 1, 10)
+
+
+def test_fields_of_json_lines_are_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "a", "a": "b", "x": 1}\n\n{"q": "c", "a": "d"}\n')
+    assert read_text(str(path), ["q", "a"]) == "a\nb\nc\nd"
+    with pytest.raises(ValueError, match="a field 'q', 'x'"):
+        read_text(str(path), ["q", "x"])
+
+
+def test_one_cell_can_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    text = {"measure": "next_token", "rows": 4}
+    path.write_text(json.dumps({"cells": {"a": text, "b.1": text}}))
+    changes = {"rows": 3, "top": 5, "limit": 7, "a.rows": 2, "b.1.fields": ["q"]}
+    first, second = load_suite(str(path), changes=changes)
+    assert (first.params.rows, first.params.top, first.params.fields) == (2, 5, ("text",))
+    assert (second.params.rows, second.params.top, second.params.fields) == (3, 5, ("q",))
+    with pytest.raises(SuiteError, match=r"^c\.rows: mine\.json has no cell 'c'; it has a, b\.1$"):
+        load_suite(str(path), changes={"c.rows": 1})
+    with pytest.raises(SuiteError, match=r"cell 'a': next_token has no parameter 'limit'"):
+        load_suite(str(path), changes={"a.limit": 1})
+
+
+def test_settings_are_json_or_text(tmp_path: Path) -> None:
+    found = run._settings(["text.rows=4", "text.text=a=b.txt", 'a.b.fields=["q"]'])
+    assert found == {"text.rows": 4, "text.text": "a=b.txt", "a.b.fields": ["q"]}
+    for wrong in ("rows=4", "text.rows", ".rows=4", "text.=4"):
+        result = CliRunner().invoke(app, ["probe", "--set", wrong, "--out", str(tmp_path / "out")])
+        assert result.exit_code == 2 and "CELL.PARAMETER=VALUE" in result.stderr
+
+
+def test_results_are_named_by_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    names = []
+    for content in ("one", "two"):
+        path.write_text(content)
+        (cell,) = load_suite("text", changes={"text.text": str(path)}, only=["text"])
+        names.append(results.stem(results.cell_key(str(MODEL_DIR), "auto", cell, 0, "")))
+    assert len(set(names)) == 2
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -444,7 +484,7 @@ def test_dtypes_are_spread_over_gpus_after_the_baseline(
         (["probe", "--gpus", "0,64"], "NVIDIA GPUs, the first named 0"),
         (
             ["probe", "--suite", "gsm9k"],
-            "no suite 'gsm9k'; shipped are local, long, quick, reasoning, standard",
+            "no suite 'gsm9k'; shipped are local, long, quick, real, reasoning, standard",
         ),
         (["./nowhere"], "no folder ./nowhere"),
         (["probe", "--only", "text,texts"], "local.json has no cell 'texts'; it has text, retrieval, greedy"),

@@ -106,6 +106,9 @@ def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
         ({"repeats": 4}, "repeats of greedy answers are alike"),
         ({"chunk": 0}, "must be positive"),
         ({"include": "/nowhere"}, "no folder /nowhere"),
+        ({"data": {"test": "/nowhere.jsonl"}}, "no file /nowhere.jsonl"),
+        ({"data": {"test": "/nowhere.txt"}}, "must all be of one kind of .jsonl"),
+        ({"data": {"test": "/nowhere.jsonl", "train": "/nowhere.csv"}}, "must all be of one kind"),
     ],
 )
 def test_bad_parameters_are_named(given: dict[str, Any], words: str) -> None:
@@ -150,6 +153,29 @@ def test_results_are_named_by_the_task_itself(tmp_path: Path) -> None:
     write("{{b}}")
     assert lookup.describe("mine", str(tmp_path))["config"] != first["config"]
     assert first["hub"] == []
+
+
+def test_files_take_the_place_of_a_data_set_on_the_hub(tmp_path: Path) -> None:
+    """lm-eval's own task otherwise: its prompt, its answers, its metrics."""
+    test, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
+    train.write_text(json.dumps({"question": "How many?", "answer": "Six.\n#### 6"}))
+
+    def known(answer: str) -> tuple[Params, dict[str, Any]]:
+        test.write_text(json.dumps({"question": "How old?", "answer": answer}))
+        params = Params("gsm8k", num_fewshot=0, data={"test": str(test), "train": str(train)})
+        return params, lookup.identify(params)
+
+    _, before = known("Five.\n#### 5")
+    params, after = known("Four.\n#### 4")
+    assert before["data"] != after["data"] and after["hub"] == []
+    assert after["config"] == lookup.describe("gsm8k")["config"]
+    (task,) = lookup.objects(str(MODEL_DIR), params)
+    (document,) = task.test_docs()
+    assert task.doc_to_text(document) == "Question: How old?\nAnswer:"
+    assert task.process_results(document, ["so #### 4"]) == {"exact_match": 1.0}
+    assert next(iter(task.fewshot_docs()))["question"] == "How many?"
+    with pytest.raises(ValueError, match="probe_retrieval_by_depth is several tasks"):
+        lookup.identify(Params("probe_retrieval_by_depth", data={"test": str(test)}))
 
 
 HUB_TASK = """

@@ -12,6 +12,7 @@ divergence is a lower bound, exact when `top` is the vocabulary; the mass of tha
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vllm_polarquant.eval.measures.base import Measure, Outcome
-from vllm_polarquant.eval.measures.text import HELDOUT, token_rows
+from vllm_polarquant.eval.measures.text import HELDOUT, TEXT_FIELDS, read_text, token_rows
 from vllm_polarquant.eval.statistics import Z
 
 BLOCK = 64
@@ -32,12 +33,16 @@ MIN_MASS = 1e-9
 
 @dataclass(frozen=True)
 class Params:
-    """rows of context tokens of a text (HELDOUT or a file), and the top log-probabilities to compare."""
+    """rows of context tokens of a text (HELDOUT or a file), and the top log-probabilities to compare.
+
+    fields: of a file of JSON Lines, those that hold text.
+    """
 
     rows: int = 8
     context: int = 512
     top: int = 256
     text: str = HELDOUT
+    fields: tuple[str, ...] = TEXT_FIELDS
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.context < BLOCK + 1 or self.top < 1:
@@ -53,6 +58,12 @@ def _engine(params: Params) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "max_logprobs": -1,
     }
+
+
+def _identity(params: Params) -> dict[str, Any]:
+    if params.text == HELDOUT:
+        return {}
+    return {"text": hashlib.sha256(read_text(params.text, params.fields).encode()).hexdigest()[:16]}
 
 
 def score(llm: Any, rows: list[list[int]], top: int) -> dict[str, np.ndarray]:
@@ -118,7 +129,7 @@ def _edges(positions: int) -> list[int]:
 
 
 def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outcome:
-    rows = token_rows(llm.get_tokenizer(), params.text, params.rows, params.context)
+    rows = token_rows(llm.get_tokenizer(), params.text, params.rows, params.context, params.fields)
     scored = score(llm, rows, params.top)
     nll = -scored["actual"].astype(np.float64)
     summary: dict[str, Any] = {
@@ -184,4 +195,5 @@ MEASURE = Measure(
         "KL by tokens of context": _ranges("kl", 4),
         "perplexity by tokens of context": _ranges("perplexity", 3),
     },
+    identity=_identity,
 )

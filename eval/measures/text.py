@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,14 @@ from vllm_polarquant.eval.probe.episodes import load_heldout
 HELDOUT = "heldout"
 
 
-def read_text(source: str) -> str:
-    """The shipped held-out source files, or a file: plain text, or JSON Lines with a field `text`.
+TEXT_FIELDS = ("text",)
+"""Of a JSON object a line, those that are its text unless others are named."""
+
+
+def read_text(source: str, fields: Sequence[str] = TEXT_FIELDS) -> str:
+    """The shipped held-out source files, or a file: plain text, or JSON Lines whose fields hold it.
+
+    Fields and lines are joined by line breaks.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -23,11 +30,13 @@ def read_text(source: str) -> str:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".jsonl":
-            content = "\n".join(json.loads(line)["text"] for line in content.splitlines() if line.strip())
+            objects = [json.loads(line) for line in content.splitlines() if line.strip()]
+            content = "\n".join(found[field] for found in objects for field in fields)
     except (OSError, UnicodeDecodeError) as problem:
         raise ValueError(f"text {source!r} cannot be read: {problem}") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"text {source!r}: every line must be a JSON object with a field 'text'") from None
+        names = ", ".join(map(repr, fields))
+        raise ValueError(f"text {source!r}: every line must be a JSON object with a field {names}") from None
     return content
 
 
@@ -40,15 +49,17 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def token_rows(tokenizer: Any, source: str, rows: int, tokens: int) -> list[list[int]]:
-    """Rows of exactly `tokens` tokens that start at lines spread evenly over the text.
+def token_rows(
+    tokenizer: Any, source: str, rows: int, tokens: int, fields: Sequence[str] = TEXT_FIELDS
+) -> list[list[int]]:
+    """Rows of exactly `tokens` tokens that start at lines spread evenly over the text (`read_text`).
 
     Each is tokenised as a prompt of its own, with the tokens that the tokenizer puts before a prompt.
 
     Raises:
         ValueError: if the text is too short for as many rows without overlap.
     """
-    text = read_text(source)
+    text = read_text(source, fields)
     starts = [0] + [i + 1 for i, char in enumerate(text) if char == "\n"]
     found: list[list[int]] = []
     for row in range(rows):

@@ -56,7 +56,8 @@ def load_suite(
     Args:
         name: of the suite, or a path that ends in .json.
         engine: options added to the suite's own.
-        changes: parameters that replace those of every cell whose measure has them.
+        changes: parameters that replace those of every cell whose measure has them; those of one cell are
+            named CELL.PARAMETER.
         only: names of the cells to take; all if there are none.
 
     Raises:
@@ -77,6 +78,13 @@ def load_suite(
         raise SuiteError(
             f'{path} must be like {{"engine": {{}}, "cells": {{"NAME": {{"measure": ...}}}}}}'
         ) from None
+    everywhere: dict[str, Any] = {}
+    of_cell: dict[str, dict[str, Any]] = {label: {} for label, _ in pairs}
+    for key, value in (changes or {}).items():
+        label, dot, parameter = key.rpartition(".")
+        if dot and label not in of_cell:
+            raise SuiteError(f"{key}: {path.name} has no cell {label!r}; it has {', '.join(of_cell)}")
+        (of_cell[label] if dot else everywhere)[parameter] = value
     unknown = [label for label in only if label not in dict(pairs)]
     if unknown:
         raise SuiteError(f"{path.name} has no cell {unknown[0]!r}; it has {', '.join(dict(pairs))}")
@@ -87,8 +95,8 @@ def load_suite(
         if measure is None:
             raise SuiteError(f"{where}: 'measure' must be one of {', '.join(MEASURES)}")
         known = {field.name for field in fields(measure.params)}
-        changed = {key: value for key, value in (changes or {}).items() if key in known}
-        params = _params(where, measure, cell | changed)
+        changed = {key: value for key, value in everywhere.items() if key in known}
+        params = _params(where, measure, cell | changed | of_cell[label])
         found.append(Cell(label, measure, params, options | measure.engine(params)))
     if not found:
         raise SuiteError(f"{path} has no cells")

@@ -112,13 +112,37 @@ def describe(task: str, include: str = "") -> dict[str, Any]:
     }
 
 
+def identify(params: Params) -> dict[str, Any]:
+    """`describe`, and a digest of the files that take the place of the task's data.
+
+    Raises:
+        ValueError: as `describe` does, or if files stand for several tasks.
+    """
+    known = describe(params.task, params.include)
+    if not params.data:
+        return known
+    if lookup(params.task, params.include).task_index[params.task].kind.name in ("GROUP", "TAG"):
+        raise ValueError(f"data: {params.task} is several tasks; give data to one of them")
+    digest = hashlib.sha256()
+    for split, file in sorted(params.data.items()):
+        digest.update(split.encode() + hashlib.sha256(Path(file).read_bytes()).digest())
+    return known | {"hub": [], "data": digest.hexdigest()[:16]}
+
+
 @cache
-def _load(task: str, include: str, metadata: str) -> list[Any]:
-    """lm-eval's tasks with their data; a group as a whole, a tag as its tasks."""
+def _load(task: str, include: str, metadata: str, data: str) -> list[Any]:
+    """lm-eval's tasks with their data; a group as a whole, a tag as its tasks.
+
+    data: JSON of what replaces of a task's configuration, "" for nothing.
+    """
     tasks = lookup(task, include, metadata)
     # Some tasks shuffle their choices while they load.
     random.seed(0)
     np.random.seed(0)
+    if data:
+        # lm-eval changes a registered task's configuration in groups alone.
+        found = tasks.load([{"group": "local", "task": [{"task": task, **json.loads(data)}]}])
+        return list(found["tasks"].values())
     loaded = tasks.load([task])
     group = loaded["groups"].get(task)
     return [group] if group is not None else list(loaded["tasks"].values())
@@ -129,7 +153,17 @@ def metadata(model: str, params: Params) -> str:
 
 
 def objects(model: str, params: Params) -> list[Any]:
-    return _load(params.task, params.include, metadata(model, params))
+    data = (
+        {
+            "custom_dataset": None,
+            "dataset_path": params.data_format,
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": params.data},
+        }
+        if params.data
+        else {}
+    )
+    return _load(params.task, params.include, metadata(model, params), json.dumps(data) if data else "")
 
 
 def prepare(model: str, params: Params) -> None:
@@ -138,7 +172,7 @@ def prepare(model: str, params: Params) -> None:
     Raises:
         RuntimeError: with the cause, and what to do about it.
     """
-    known = describe(params.task, params.include)
+    known = identify(params)
     try:
         import lm_eval.models.vllm_causallms  # noqa: F401
     except importlib.metadata.PackageNotFoundError:

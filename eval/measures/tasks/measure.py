@@ -21,7 +21,7 @@ import numpy as np
 
 from vllm_polarquant.eval.measures.base import Measure, Outcome
 from vllm_polarquant.eval.measures.tasks.backend import backend, count_cut_prompts
-from vllm_polarquant.eval.measures.tasks.lookup import describe, lookup, metadata, objects, prepare
+from vllm_polarquant.eval.measures.tasks.lookup import identify, lookup, metadata, objects, prepare
 from vllm_polarquant.eval.measures.tasks.outcomes import NATS, RIGHT_CHOICE, collect
 from vllm_polarquant.eval.measures.tasks.params import Params
 from vllm_polarquant.eval.measures.tasks.summary import summarise
@@ -34,10 +34,6 @@ def _engine(params: Params) -> dict[str, Any]:
         "max_num_batched_tokens": params.chunk * params.requests,
         "long_prefill_token_threshold": params.chunk,
     }
-
-
-def _identity(params: Params) -> dict[str, Any]:
-    return describe(params.task, params.include)
 
 
 def _run(llm: Any, params: Params, seed: int, baseline: Outcome | None) -> Outcome:
@@ -121,6 +117,6 @@ MEASURE = Measure(
         "beside the baseline on the same documents": _comparison,
         "by task": _by_task,
     },
-    identity=_identity,
+    identity=identify,
     prepare=prepare,
 )

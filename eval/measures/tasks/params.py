@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Kinds of files with documents, by suffix, as the datasets library names them."""
+
 
 @dataclass(frozen=True)
 class Params:
@@ -20,6 +23,8 @@ class Params:
     generation: generation_kwargs that replace the task's own.
     metadata: what the task's own functions read, such as {"max_seq_lengths": [4096]} for RULER.
     include: a folder of tasks beside lm-eval's and the shipped ones.
+    data: files by split, such as {"test": "test.jsonl", "train": "train.jsonl"}, that take the place of the
+        task's data set on the hub.
     """
 
     task: str
@@ -35,6 +40,7 @@ class Params:
     generation: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     include: str = ""
+    data: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if min(self.repeats, self.chunk, self.requests, self.max_model_len) < 1:
@@ -49,3 +55,14 @@ class Params:
             )
         if self.include and not Path(self.include).is_dir():
             raise ValueError(f"include: no folder {self.include}")
+        kinds = {DATA_FORMATS.get(Path(file).suffix) for file in self.data.values()}
+        if None in kinds or len(kinds) > 1:
+            raise ValueError(f"data: files must all be of one kind of {', '.join(DATA_FORMATS)}")
+        for file in self.data.values():
+            if not Path(file).is_file():
+                raise ValueError(f"data: no file {file}")
+
+    @property
+    def data_format(self) -> str:
+        """What lm-eval is to read the files of data as."""
+        return DATA_FORMATS[Path(next(iter(self.data.values()))).suffix]
