@@ -16,6 +16,7 @@ import shlex
 import socket
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,14 @@ from vllm_polarquant.eval.measures.next_token import block_error, divergence
 from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report.cells import shown
-from vllm_polarquant.eval.report.environment import check_out, environment
+from vllm_polarquant.eval.report.environment import (
+    check_out,
+    check_same,
+    continued,
+    earlier,
+    environment,
+    machine,
+)
 from vllm_polarquant.eval.report.page import Report, Section, markdown_table, save, write
 from vllm_polarquant.eval.statistics import Z
 from vllm_polarquant.format import DEFAULT_PRESET, LOSSLESS
@@ -173,6 +181,22 @@ def failures(found: dict[str, dict[str, Any]]) -> list[str]:
     return wrong
 
 
+def kept(old: Report, new: Report) -> Report:
+    """`new`, still without findings, behind those of an earlier report.
+
+    Raises:
+        typer.BadParameter: naming what differs, if they cannot stand in one table.
+    """
+    check_same(machine(old), machine(new))
+    return {
+        **new,
+        "environment": continued(old, new),
+        "command": f"{old['command']} && {new['command']}",
+        "layouts": old["layouts"],
+        "large": old["large"],
+    }
+
+
 def sections(report: Report) -> list[Section]:
     """The table of layouts, and those of the large model."""
     rows = []
@@ -197,7 +221,7 @@ def sections(report: Report) -> list[Section]:
         "their RMS."
     )
     header = ["layout", "dtype", "texts of auto", "KL", "texts of one", "KL from one", "tables", "run"]
-    made = [Section("The same answers", header, rows, note)]
+    made = [Section("The same answers", header, rows, note)] if rows else []
     if report["large"]:
         made += engine_page.sections({"runs": report["large"]})
     return made
@@ -213,13 +237,20 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens of each.", min=65)] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens decoded after each.", min=1)] = 32,
     engine: Annotated[str, typer.Option(help="More engine arguments, a JSON object.")] = "{}",
+    jobs: Annotated[
+        int, typer.Option(help="Layouts' runs side by side; their engines share the GPUs' memory.", min=1)
+    ] = 1,
     large: Annotated[str, typer.Option(help="Folder of a config.json that takes two GPUs; '' for none.")] = (
         str(LARGE)
     ),
     large_dtypes: Annotated[str, typer.Option(help="Of the large model.")] = f"auto,fp8,{DEFAULT_PRESET}",
     cells: Annotated[str, typer.Option(help="TPOT of the large model at BATCHxCONTEXT.")] = "32x16384",
+    large_engine: Annotated[str, typer.Option(help="Its engine arguments, a JSON object.")] = (
+        '{"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9}'
+    ),
     limit: Annotated[float, typer.Option(help="Seconds that one engine may take.", min=0)] = 300.0,
     out: Annotated[Path, typer.Option(help="Stem of the .json and .md files.")] = Path("bench-parallel"),
+    keep: Annotated[bool, typer.Option("--keep", help="Add to the report at --out, made here.")] = False,
 ) -> None:
     """Try every layout; exits with 1 if an answer is not what it must be."""
     console = Console()
@@ -227,7 +258,7 @@ def main(
     end_on_sigterm(f"python -m {__spec__.name}")
     asked = [name for name in layouts.split(",") if name]
     unknown = [name for name in asked if name not in LAYOUTS]
-    if unknown or not asked:
+    if unknown or not (asked or large):
         raise typer.BadParameter(f"layouts are {', '.join(LAYOUTS)}, not {', '.join(unknown) or 'none'}")
     names = list(dict.fromkeys([BASELINE, *filter(None, dtypes.split(","))]))
     job = {
@@ -237,6 +268,7 @@ def main(
         "tokens": tokens,
         "engine": engine_bench.engine_arguments(engine),
     }
+    large_arguments = engine_bench.engine_arguments(large_engine)
     shapes = engine_bench.parse_shapes(cells)
     if large and not shapes:
         raise typer.BadParameter("give --cells of the large model, or --large ''")
@@ -247,13 +279,20 @@ def main(
         "layouts": {},
         "large": {},
     }
-    runs: dict[str, dict[str, list[Arrays] | str]] = {}
+    if keep:
+        report = kept(earlier(out), report)
+    runs: dict[str, dict[str, list[Arrays] | str]] = {layout: {} for layout in asked}
     logs = out.with_name(f"{out.name}-logs")
-    for layout in asked:
-        for dtype in names:
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {
+            (layout, dtype): pool.submit(run, job | {"dtype": dtype}, layout, logs, limit)
+            for layout in asked
+            for dtype in names
+        }
+        for (layout, dtype), done in started.items():
+            runs[layout][dtype] = done.result()
             console.print(f"{layout} {dtype}", markup=False)
-            runs.setdefault(layout, {})[dtype] = run(job | {"dtype": dtype}, layout, logs, limit)
-    report["layouts"] = findings(runs)
+    report["layouts"] |= findings(runs)
     save(out, report)
     if large:
         plan = engine_bench.plan_of(
@@ -267,7 +306,7 @@ def main(
             repeats=3,
             max_seqs=0,
             limit_s=limit,
-            engine={"tensor_parallel_size": 2, "gpu_memory_utilization": 0.9},
+            engine=large_arguments,
         )
         for dtype in large_dtypes.split(","):
             report["large"][dtype] = engine_bench.run(dtype, plan, console)
