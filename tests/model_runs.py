@@ -88,8 +88,6 @@ def _model(name: str, path: Path) -> Result:
     for dtype in ("auto", LOSSLESS, PRESET):
         with _listening() as said:
             result[dtype] = _try(lambda dtype=dtype: _engine(name, path, dtype)) | {"said": said}
-        if "problem" in result["auto"]:
-            break
     return result | {"check": _try(lambda: _check(name, path))}
 
 
@@ -126,6 +124,9 @@ def _engine(name: str, path: Path, dtype: str) -> Result:
         text = "".join(engine_runs.text_prompts(4, 1000))
         ids = llm.get_tokenizer().encode(text)
         prompts = [{"prompt_token_ids": ids[100 * i :][:length]} for i, length in enumerate(PROMPT_TOKENS)]
+        if model.options.get("runner") == "pooling":
+            assert len(llm.embed(prompts, use_tqdm=False)) == len(prompts)
+            return {"completions": [], "tokens": 0, "waste": 0.0}
         outputs = engine_runs._generate(llm, prompts, max_tokens=NEW_TOKENS, ignore_eos=True)
         return {
             "completions": engine_runs._completions(outputs),
@@ -184,6 +185,7 @@ def _check(name: str, path: Path) -> Result:
         "by_vllm": verdict.by_vllm,
         "sentences": [problem.message for problem in verdict.problems],
         "token_bytes": None if shape is None else shape.token_bytes(PRESET),
+        "times": None if shape is None else shape.times(PRESET),
         "notes": verdict.notes,
     }
 

@@ -216,15 +216,24 @@ def test_vllm_is_asked(model):
     assert report["judged_by"] == "vllm"
     assert report["quantised_layers"] == [1, 2]
     assert report["capacity"][-1]["bytes_per_token"] == 8 * (2 * 512 + 2 * 132)
+    assert report["times"] == pytest.approx(4 * 512 / (2 * 512 + 2 * 132), rel=0.01)
     windows = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
     gemma = GEMMA2 | windows | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
     gemma |= {"num_hidden_layers": 4, "vocab_size": 128, "intermediate_size": 64}
     gemma |= {"attn_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh"}
     result = run("check", model(gemma))
     assert result.exit_code == 0, result.stdout
-    report = json.loads(run("check", model(gemma), "--json").stdout)
+    report = json.loads(
+        run("check", model(gemma), "--json", "--max-model-len", 8192, "--gpu-memory", 1).stdout
+    )
     assert report["judged_by"] == "vllm"
     assert report["quantised_layers"] == [0, 1, 2, 3]
+    assert report["max_model_len"] == 8192
+    rows = {row["kv_cache_dtype"]: row for row in report["capacity"]}
+    # Two layers of windows keep less than a request has.
+    assert rows["auto"]["bytes_per_request"] < 8192 * rows["auto"]["bytes_per_token"]
+    assert report["times"] == pytest.approx(1024 / 260, rel=0.01)
+    assert rows["auto"]["tokens"] * report["times"] == pytest.approx(rows[DEFAULT_PRESET]["tokens"], rel=0.01)
 
 
 def test_a_model_that_vllm_cannot_build_is_judged_by_its_config(model, monkeypatch):

@@ -19,6 +19,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_polarquant import dry_run, support
 from vllm_polarquant.format import HEAD_DIMS, PRESETS
+from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
 from vllm_polarquant.plugin import register
 from vllm_polarquant.support import RULES, Hit, Refused
 
@@ -483,7 +484,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             "layernorm_epsilon": 1e-5,
             "n_routed_experts": 4,
         },
-        ["values of another size", "an attention backend of the model's own"],
+        ["an attention backend of the model's own"],
         [],
     ),
     "scales per head": (
@@ -536,6 +537,76 @@ def test_a_model_is_refused_for_all_its_reasons_and_the_ways_out_are_tried(name:
     seen.update(features)
     for _, run in answer.ways_out:
         assert run.quantised
+
+
+# What a user sets that is refused, and what the refusal says to set instead.
+OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], support.Rule, dict[str, Any]]] = {
+    "float32": (LLAMA, {"dtype": "float32"}, support.DTYPE, {"dtype": "bfloat16"}),
+    "blocks of 24": (LLAMA, {"block_size": 24}, support.BLOCK_SIZE, {"block_size": BLOCK_SIZE_MULTIPLE}),
+    "decode context parallelism": (
+        LLAMA,
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+        support.DCP,
+        {"tensor_parallel_size": 4},
+    ),
+    "another connector": (
+        LLAMA,
+        {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+        support.KV_CONNECTOR,
+        {
+            "kv_transfer_config": {
+                "kv_connector": support.CONNECTOR,
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 20},
+            }
+        },
+    ),
+    "a skipped layer of chunks": (
+        SERVED["Llama 4, chunked"][0],
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        support.SKIPPED_CHUNKS,
+        {},
+    ),
+    "one skipped layer of two": (
+        GEMMA3N,
+        {"kv_cache_dtype_skip_layers": ["1"]},
+        support.SPLIT_SHARING,
+        {"kv_cache_dtype_skip_layers": ["1", "3"]},
+    ),
+    "fast prefill": (GEMMA3N, {"kv_sharing_fast_prefill": True}, support.FAST_PREFILL, {}),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_refused_and_what_is_advised_is_not(name: str, tmp_path: Path) -> None:
+    config, options, rule, advised = OPTIONS[name]
+    answer = explore(config, tmp_path, **options)
+    assert [found.hit.rule for found in answer.run.found] == [rule]
+    assert not explore(config, tmp_path, **advised).run.found
+    seen.add(rule.feature)
+    if rule.options:
+        assert [options for options, _ in answer.ways_out] == [advised]
+
+
+def test_batch_invariant_mode_is_refused_and_without_it_nothing_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not explore(LLAMA, tmp_path).run.found
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert [found.hit.rule for found in explore(LLAMA, tmp_path).run.found] == [support.BATCH_INVARIANT]
+
+
+def test_what_a_request_takes_is_counted_as_vllm_counts_it(tmp_path: Path) -> None:
+    """Tests of models have the same of engines."""
+    tokens, heads = 512, 2
+    run = explore(LLAMA, tmp_path).run
+    slots = {"auto": 256, "fp8": 128, PRESET: 68}
+    assert run.request_bytes == {dtype: 4 * heads * tokens * slot for dtype, slot in slots.items()}
+    # Pages of layers that differ are padded to the largest.
+    skipped = explore(SERVED["Llama 4, chunked"][0], tmp_path, kv_cache_dtype_skip_layers=["3"]).run
+    assert len(skipped.quantised) == 3
+    assert skipped.request_bytes[PRESET] > 4 * heads * tokens * slots[PRESET]
+    assert not explore(LLAMA | {"head_dim": 48}, tmp_path).run.request_bytes
 
 
 def test_what_cannot_help_is_not_advised(tmp_path: Path) -> None:

@@ -101,6 +101,27 @@ def _of(architecture: str, model_type: str, base: Config = _LLAMA, /, **changes:
 MODELS: dict[str, Tiny] = {
     "llama": Tiny("Llama", _of("LlamaForCausalLM", "llama")),
     "llama-head-256": Tiny("Llama, head_dim 256", _of("LlamaForCausalLM", "llama", head_dim=256)),
+    "llama-head-160": Tiny("Llama, head_dim 160", _of("LlamaForCausalLM", "llama", head_dim=160)),
+    "llama-head-scales": Tiny(
+        "Llama with KV scales per head",
+        _of(
+            "LlamaForCausalLM",
+            "llama",
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {},
+                "ignore": [],
+                "kv_cache_scheme": {
+                    "num_bits": 8,
+                    "type": "float",
+                    "strategy": "attn_head",
+                    "symmetric": True,
+                    "dynamic": False,
+                },
+            },
+        ),
+    ),
     "llama-skips": Tiny(
         "Llama, --kv-cache-dtype-skip-layers 0",
         _of("LlamaForCausalLM", "llama"),
@@ -245,7 +266,6 @@ MODELS: dict[str, Tiny] = {
             vocab_size_per_layer_input=VOCABULARY,
             hidden_activation="gelu_pytorch_tanh",
         ),
-        "bfloat16",
     ),
     "phi": Tiny(
         "Phi 1 and 2",
@@ -361,10 +381,6 @@ MODELS: dict[str, Tiny] = {
             block_auto_adjust_ff_dim=False,
         ),
     ),
-    "bamba": Tiny(
-        "Bamba",
-        _of("BambaForCausalLM", "bamba", **_MAMBA2, attn_layer_indices=[1, 3], attn_rotary_emb=32),
-    ),
     "jamba": Tiny(
         "Jamba",
         _of(
@@ -462,7 +478,8 @@ MODELS: dict[str, Tiny] = {
             n_layers=4,
             max_seq_len=512,
             attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-            ffn_config={"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+            # All experts, as near-ties between them would decide tokens too.
+            ffn_config={"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 4},
         ),
     ),
     "minicpm3": Tiny(
@@ -623,6 +640,21 @@ MODELS: dict[str, Tiny] = {
             conv_bias=False,
         ),
     ),
+    "bert": Tiny(
+        "BERT",
+        _of(
+            "BertModel",
+            "bert",
+            _GPT,
+            hidden_size=256,
+            intermediate_size=256,
+            num_attention_heads=4,
+            num_hidden_layers=4,
+            max_position_embeddings=512,
+            type_vocab_size=2,
+        ),
+        options={"runner": "pooling"},
+    ),
     "olmo-hybrid": Tiny(
         "OLMo Hybrid",
         _of(
@@ -660,13 +692,13 @@ def register_loader() -> None:
             for prefix, module in model.named_modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     if id(parameter) not in done:  # embeddings may be tied
-                        _fill(f"{prefix}.{name}", type(module).__name__, parameter.data)
+                        _fill(f"{prefix}.{name}", type(module).__name__, type(model).__name__, parameter.data)
                     done.add(id(parameter))
 
     register_model_loader(LOAD_FORMAT)(Loader)
 
 
-def _fill(name: str, module: str, parameter: Any) -> None:
+def _fill(name: str, module: str, model: str, parameter: Any) -> None:
     """Draw a parameter, seeded by its name."""
     import torch
 
@@ -686,4 +718,6 @@ def _fill(name: str, module: str, parameter: Any) -> None:
         value = 0.1 * noise
     else:
         value = 1 + 0.1 * noise
+        if "Gemma4" in model and name.endswith(("q_norm.weight", "k_norm.weight")):
+            value *= 0.3  # these alone scale its logits
     parameter.copy_(value)

@@ -71,7 +71,7 @@ def of_worker(worker: Any) -> Rank:
             pages.add(page_of(layer.kv_cache, layer.impl.shape.slot).cache_id(layer.impl.ops.order))
     sizes = [tensor.size for tensor in worker.model_runner.kv_cache_config.kv_cache_tensors]
     try:
-        auto = _auto_specs(_as_auto(config))
+        auto = specs_of(as_dtype(config, "auto"))
     except Exception as problem:
         logger.debug("what auto would have is unknown: %r", problem)
         auto = {}
@@ -135,22 +135,33 @@ def line(config: Any, ranks: list[Rank]) -> str:
 
 def auto_tokens(config: Any, ranks: list[Rank]) -> int:
     """Tokens that would fit in the same memory with `auto`, as vLLM would say at start-up."""
+    specs = [(rank.auto, rank.nbytes) for rank in ranks if rank.auto]
+    return tokens_that_fit(as_dtype(config, "auto"), specs)
+
+
+def tokens_that_fit(config: Any, ranks: list[tuple[dict[str, Any], int]]) -> int:
+    """Tokens that fit, as vLLM says at start-up.
+
+    Args:
+        config: vLLM's, whose cache_config knows the layout of the cache.
+        ranks: of each worker the specs of its layers, by name, and the bytes of its cache.
+    """
     from vllm.v1.core import kv_cache_utils as vllm
 
-    auto = _as_auto(config)
-    merged = {name: spec for rank in ranks for name, spec in rank.auto.items()}
-    auto.cache_config.block_size = _block_size(merged) or auto.cache_config.block_size
+    config = copy.copy(config)
+    config.cache_config = copy.copy(config.cache_config)
+    merged = {name: spec for specs, _ in ranks for name, spec in specs.items()}
+    config.cache_config.block_size = _block_size(merged) or config.cache_config.block_size
     with _quiet():
-        groups = vllm.get_kv_cache_groups(auto, merged)
+        groups = vllm.get_kv_cache_groups(config, merged)
         caches = [
             vllm.get_kv_cache_config_from_groups(
-                auto, vllm._project_kv_cache_groups_to_worker(groups, rank.auto), rank.nbytes
+                config, vllm._project_kv_cache_groups_to_worker(groups, specs), nbytes
             )
-            for rank in ranks
-            if rank.auto
+            for specs, nbytes in ranks
         ]
         least = min(caches, key=lambda cache: cache.num_blocks)
-        return vllm.get_kv_cache_capacity(auto, least)[0]
+        return vllm.get_kv_cache_capacity(config, least)[0]
 
 
 def _block_size(specs: dict[str, Any]) -> int | None:
@@ -186,47 +197,56 @@ def _describe(layer: Any, config: Any) -> Layer:
     return Layer("quantised" if ours else "native", dtype, spec.real_page_size_bytes // spec.block_size)
 
 
-def _as_auto(config: Any) -> Any:
-    """The config as it would be with `auto`, its layers with vLLM's own backends; the real ones stay."""
+def as_dtype(config: Any, dtype: str) -> Any:
+    """The config as it would be with one of vLLM's dtypes, its layers with vLLM's own backends.
+
+    The config itself and its layers stay as they are. With `auto` no layer is skipped.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.platforms import current_platform
 
-    auto = copy.copy(config)
-    auto.cache_config = cache = copy.copy(config.cache_config)
-    cache.cache_dtype, cache.kv_cache_dtype_skip_layers = "auto", []
+    other = copy.copy(config)
+    other.cache_config = cache = copy.copy(config.cache_config)
+    cache.cache_dtype = dtype
+    if dtype == "auto":
+        cache.kv_cache_dtype_skip_layers = []
     cache.mamba_page_size_padded = cache.skip_page_size_padded = cache.num_gpu_blocks_override = None
     if not cache.user_specified_block_size:
         cache.block_size = CPU_BLOCK_SIZE if current_platform.is_cpu() else type(cache).DEFAULT_BLOCK_SIZE
-    auto.compilation_config = copy.copy(config.compilation_config)
-    with _quiet(), set_current_vllm_config(auto):
+    other.compilation_config = copy.copy(config.compilation_config)
+    with _quiet(), set_current_vllm_config(other):
         layers = config.compilation_config.static_forward_context
-        auto.compilation_config.static_forward_context = {
-            name: _layer_as_auto(layer, config.model_config.dtype) for name, layer in layers.items()
+        other.compilation_config.static_forward_context = {
+            name: _layer_as(layer, dtype, config.model_config.dtype) for name, layer in layers.items()
         }
-        type(current_platform).update_block_size_for_backend(auto)
-    return auto
+        type(current_platform).update_block_size_for_backend(other)
+    return other
 
 
-def _layer_as_auto(layer: Any, dtype: Any) -> Any:
+def _layer_as(layer: Any, dtype: str, model_dtype: Any) -> Any:
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
     from vllm.v1.attention.selector import get_attn_backend
 
     if not is_polar_dtype(getattr(layer, "kv_cache_dtype", None)):
         return layer
-    auto = copy.copy(layer)
-    auto.kv_cache_dtype, auto.kv_cache_torch_dtype = "auto", dtype
-    auto.attn_backend = get_attn_backend(
+    other = copy.copy(layer)
+    other.kv_cache_dtype = dtype
+    other.kv_cache_torch_dtype = model_dtype if dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[dtype]
+    # Not every platform has a backend for every dtype, but all of them have pages of the same size.
+    other.attn_backend = get_attn_backend(
         layer.head_size,
-        dtype,
+        model_dtype,
         "auto",
         has_sink=layer.has_sink,
         use_mm_prefix=layer.use_mm_prefix,
         attn_type=layer.attn_type,
         has_sliding_window=layer.sliding_window is not None,
     )
-    return auto
+    return other
 
 
-def _auto_specs(config: Any) -> dict[str, Any]:
+def specs_of(config: Any) -> dict[str, Any]:
+    """vLLM's specs of the layers that have a cache or a state, by name."""
     from vllm.v1.kv_cache_interface import AttentionSpec
     from vllm.v1.worker.utils import customize_attention_spec
 
@@ -235,8 +255,8 @@ def _auto_specs(config: Any) -> dict[str, Any]:
         if getattr(layer, "kv_sharing_target_layer_name", None):
             continue
         if spec := layer.get_kv_cache_spec(config):
-            ours = isinstance(spec, AttentionSpec)
-            specs[name] = customize_attention_spec(layer.get_attn_backend(), spec) if ours else spec
+            paged = isinstance(spec, AttentionSpec)
+            specs[name] = customize_attention_spec(layer.get_attn_backend(), spec) if paged else spec
     return specs
 
 

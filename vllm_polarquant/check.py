@@ -16,7 +16,6 @@ from typing import Any
 
 from vllm_polarquant import dry_run, support
 from vllm_polarquant.format import DEFAULT_PRESET, Slot, UnsupportedFormat
-from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
 from vllm_polarquant.support import text_config
 
 # The names that configs use for one number, the usual one first.
@@ -78,6 +77,8 @@ class Shape:
     """What decides the size of a model's KV cache, and how many heads read it.
 
     layers: those with a KV cache. caches: these layers, where vLLM has told them; else all are alike.
+    requests: by dtype, the bytes that a request of max_model_len tokens takes of the whole cache, states and
+        padding included, where vLLM has counted them.
     """
 
     layers: int
@@ -86,6 +87,7 @@ class Shape:
     max_model_len: int | None
     query_heads: int
     caches: tuple[Cache, ...] = ()
+    requests: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def indices(self) -> list[int]:
@@ -102,13 +104,19 @@ class Shape:
         return self
 
     def token_bytes(self, kv_cache_dtype: str) -> int:
-        """Bytes that one token takes in all layers: ``auto`` (16 bits), ``fp8`` or a preset."""
+        """Bytes of one token's keys and values in all layers: ``auto`` (16 bits), ``fp8`` or a preset."""
         if not self.caches:
             return self.layers * self.kv_heads * _head_bytes(kv_cache_dtype, self.head_dim)
         return sum(
             cache.kv_heads * _head_bytes(kv_cache_dtype if cache.quantised else "auto", cache.head_dim)
             for cache in self.caches
         )
+
+    def times(self, kv_cache_dtype: str) -> float:
+        """How many times the tokens of ``auto`` fit: as vLLM counts, else by the bytes of a token."""
+        if self.requests:
+            return self.requests["auto"] / self.requests[kv_cache_dtype]
+        return self.token_bytes("auto") / self.token_bytes(kv_cache_dtype)
 
 
 def _head_bytes(kv_cache_dtype: str, head_dim: int) -> int:
@@ -123,22 +131,22 @@ def _head_bytes(kv_cache_dtype: str, head_dim: int) -> int:
 class WayOut:
     """Flags that were tried in a dry run and with which nothing is refused.
 
-    quantised: how many layers then take the preset, of how many. ratio: how many times less a token takes.
+    quantised: how many layers then take the preset, of how many. times: how many times auto's tokens fit.
     max_model_len: the longest request then, if it is shorter than without.
     """
 
     flags: str
     quantised: int
     layers: int
-    ratio: float
+    times: float
     max_model_len: int | None = None
 
     def __str__(self) -> str:
-        ratio = f"a token takes {self.ratio:.2f} times less than with auto"
+        what = f"{self.times:.2f} times the tokens of auto fit"
         if self.quantised < self.layers:
-            ratio = f"{self.quantised} of {self.layers} layers take the preset and {ratio} at most"
+            what = f"{self.quantised} of {self.layers} layers take the preset, {what}"
         cut = f"; requests have at most {self.max_model_len:,} tokens" if self.max_model_len else ""
-        return f"{self.flags}: {ratio}{cut}"
+        return f"{self.flags}: {what}{cut}"
 
 
 @dataclass(frozen=True)
@@ -304,6 +312,7 @@ def _shape(run: dry_run.DryRun) -> Shape:
         run.max_model_len,
         first.query_heads,
         () if all_there else tuple(caches),
+        run.request_bytes,
     )
 
 
@@ -319,8 +328,7 @@ def _flags(options: Mapping[str, Any]) -> str:
 def _way_out(options: Mapping[str, Any], run: dry_run.DryRun, before: dry_run.DryRun, preset: str) -> WayOut:
     shape = _shape(run)
     cut = run.max_model_len if run.max_model_len < before.max_model_len else None
-    ratio = shape.token_bytes("auto") / shape.token_bytes(preset)
-    return WayOut(_flags(options), len(run.quantised), len(run.layers), ratio, cut)
+    return WayOut(_flags(options), len(run.quantised), len(run.layers), shape.times(preset), cut)
 
 
 def judge(
@@ -426,9 +434,3 @@ def _check_header(path: Path) -> None:
             "its header is no JSON" if isinstance(error, UnicodeDecodeError | json.JSONDecodeError) else error
         )
         raise ConfigError(f"{path} is damaged ({why}): download it again") from None
-
-
-def tokens_that_fit(shape: Shape, kv_cache_dtype: str, kv_bytes: int) -> int:
-    """Tokens of whole blocks that fit in `kv_bytes`."""
-    tokens = kv_bytes // shape.token_bytes(kv_cache_dtype)
-    return tokens - tokens % BLOCK_SIZE_MULTIPLE

@@ -24,7 +24,6 @@ from vllm_polarquant.check import (
     judge,
     layer_count,
     read_config,
-    tokens_that_fit,
     weight_bytes,
 )
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS, Slot, UnsupportedFormat, VectorFormat
@@ -287,17 +286,21 @@ def _show_refusal(model: Path, kv_cache_dtype: str, verdict: Verdict) -> None:
 def _capacity(
     shape: Shape, kv_cache_dtype: str, length: int | None, kv_bytes: int | None
 ) -> list[dict[str, Any]]:
-    # A request takes whole blocks.
-    padded = length and -(-length // BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
     rows: list[dict[str, Any]] = []
     for name in ("auto", "fp8", kv_cache_dtype):
-        row: dict[str, Any] = {"kv_cache_dtype": name, "bytes_per_token": shape.token_bytes(name)}
-        if padded:
-            row["bytes_per_request"] = padded * shape.token_bytes(name)
+        token = shape.token_bytes(name)
+        row: dict[str, Any] = {"kv_cache_dtype": name, "bytes_per_token": token}
+        if length:
+            # Whole blocks, where vLLM has not counted.
+            blocks = -(-length // BLOCK_SIZE_MULTIPLE)
+            row["bytes_per_request"] = shape.requests.get(name, blocks * BLOCK_SIZE_MULTIPLE * token)
         if kv_bytes is not None:
-            row["tokens"] = tokens_that_fit(shape, name, kv_bytes)
-            if padded:
-                row["requests"] = round(row["tokens"] / padded, 2)
+            tokens = kv_bytes // token
+            if length and shape.requests:
+                tokens = kv_bytes * length // shape.requests[name]
+            row["tokens"] = tokens - tokens % BLOCK_SIZE_MULTIPLE
+            if length:
+                row["requests"] = round(kv_bytes / row["bytes_per_request"], 2)
         rows.append(row)
     return rows
 
@@ -378,7 +381,8 @@ def check(
         config = read_config(model)
         check_weights(model)
         weights = weight_bytes(model, config)
-        verdict = judge(model, config, kv_cache_dtype, _skips(skip_layers, config), not config_only)
+        options = _skips(skip_layers, config) | ({"max_model_len": max_model_len} if max_model_len else {})
+        verdict = judge(model, config, kv_cache_dtype, options, not config_only)
     except ConfigError as error:
         fail("polarquant", error)
 
@@ -419,6 +423,7 @@ def check(
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
         "max_model_len": length,
+        "times": round(shape.times(kv_cache_dtype), 4),
         "weight_bytes": None if gpu_memory is None else weights,
         "kv_bytes": kv_bytes,
         "capacity": rows,
@@ -428,10 +433,9 @@ def check(
         typer.echo(json.dumps(report, indent=2))
         return
 
-    ratio = shape.token_bytes("auto") / shape.token_bytes(kv_cache_dtype)
     typer.echo(
-        f"{kv_cache_dtype} is supported for {model}: {_sizes(shape, verdict)}; a token takes {ratio:.2f} "
-        "times less than with auto."
+        f"{kv_cache_dtype} is supported for {model}: {_sizes(shape, verdict)}; "
+        f"{shape.times(kv_cache_dtype):.2f} times the tokens of auto fit."
     )
     if keys.layers:
         typer.echo(_keys_line(keys, shape, kv_cache_dtype))

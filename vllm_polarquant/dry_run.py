@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+from vllm_polarquant.format import PRESETS
 from vllm_polarquant.support import (
     AUTO,
     MLA,
@@ -32,6 +35,11 @@ from vllm_polarquant.support import (
     spec_hits,
     text_config,
 )
+
+logger = logging.getLogger("vllm.polarquant")
+
+MEMORY = 1 << 40
+"""Bytes in which requests are counted: so many that a block more or less is nothing."""
 
 SECONDS = 180
 """After which a child is given up: vLLM's import and one model, on a slow disk."""
@@ -78,12 +86,15 @@ class DryRun:
     """What came of building a model.
 
     layers: those with a KV cache; states: how many hold a state of fixed size instead.
+    request_bytes: by dtype, what a request of max_model_len tokens takes of the cache as vLLM counts it, with
+        windows, states and padding; empty where that is not known.
     found: what the engine would refuse, the first first; notes: what could not be looked at.
     """
 
     layers: list[Layer] = field(default_factory=list)
     states: int = 0
     max_model_len: int = 0
+    request_bytes: dict[str, int] = field(default_factory=dict)
     window: int | None = None
     found: list[Found] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -129,13 +140,12 @@ class _Recorder:
 _recorder: _Recorder | None = None
 
 
-def _stand_in() -> Any:
-    """The backend class; made late, as its base is vLLM's."""
+def _stand_in(preset: str) -> Any:
+    """The backend's class of a preset, with layers that are only noted."""
     import torch
-    from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
+    from vllm.v1.attention.backend import AttentionImpl
 
-    from vllm_polarquant.compat import BACKEND_NAME
-    from vllm_polarquant.page import BLOCK_SIZE_MULTIPLE
+    from vllm_polarquant.backend import PolarQuantBackend
 
     names = (
         *("num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window"),
@@ -155,39 +165,30 @@ def _stand_in() -> Any:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError
 
-    class Backend(AttentionBackend):
-        supported_dtypes: ClassVar[list[Any]] = [torch.float16, torch.bfloat16, torch.float32]
+    class Backend(PolarQuantBackend):
+        supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
 
         @staticmethod
-        def get_name() -> str:
-            return BACKEND_NAME
-
-        @staticmethod
-        def get_impl_cls() -> type:
+        def get_impl_cls() -> Any:
             return Impl
-
-        @staticmethod
-        def get_builder_cls() -> type:
-            from vllm.v1.attention.backend import AttentionMetadataBuilder
-
-            return AttentionMetadataBuilder
-
-        @staticmethod
-        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-            return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
         @classmethod
         def supports_alibi_sqrt(cls) -> bool:
             return True
 
+    Backend.preset = preset
     return Backend
+
+
+_NAMES = {preset.replace(".", "_"): preset for preset in PRESETS}
+"""Presets by names without a dot, which vLLM takes for the end of a module's."""
 
 
 def __getattr__(name: str) -> Any:
     # vLLM finds a backend by its module and name.
-    if name != "Backend":
+    if name not in _NAMES:
         raise AttributeError(name)
-    globals()[name] = backend = _stand_in()
+    globals()[name] = backend = _stand_in(_NAMES[name])
     return backend
 
 
@@ -209,7 +210,7 @@ def _recording(config: Any) -> Iterator[_Recorder]:
             return chooser(backend, attn_selector_config, num_heads)
         assert _recorder is not None
         _recorder.choose(attn_selector_config)
-        return f"{__name__}.Backend"
+        return f"{__name__}.{attn_selector_config.kv_cache_dtype.replace('.', '_')}"
 
     _recorder = _Recorder(config)
     platform.get_attn_backend_cls = classmethod(choose)
@@ -241,7 +242,7 @@ def inspecting_here() -> Iterator[None]:
 def _first_line(problem: BaseException) -> str:
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     # pydantic's errors begin with a count.
-    useful = [line for line in lines if not line.endswith("validation error for ModelConfig")]
+    useful = [line for line in lines if not re.search(r"validation errors? for \w+$", line)]
     line = (useful or [type(problem).__name__])[0].removeprefix("Value error, ")
     return line.split(" [type=")[0].split(". Please ")[0].rstrip(".:")
 
@@ -306,6 +307,7 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
     from vllm.model_executor.models.utils import extract_layer_index
     from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
 
+    from vllm_polarquant.compat import BACKEND_NAME
     from vllm_polarquant.format import is_polar_dtype
 
     context = config.compilation_config.static_forward_context
@@ -322,11 +324,9 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
             index = -1
         places[id(getattr(layer, "impl", None))] = index
         ours = is_polar_dtype(getattr(layer, "kv_cache_dtype", None))
-        if ours and not getattr(layer.get_attn_backend(), "__module__", "").startswith("vllm_polarquant"):
-            backend = getattr(layer.get_attn_backend(), "__name__", "")
-            mine = id(getattr(layer, "impl", None)) in {id(impl) for impl, _ in recorder.by_layer}
-            if not mine:
-                all_hits.append((index, Hit(OWN_BACKEND, {"value": backend})))
+        own = ours and layer.get_attn_backend().get_name() != BACKEND_NAME
+        if own:
+            all_hits.append((index, Hit(OWN_BACKEND, {"value": layer.get_attn_backend().__name__})))
         if target := getattr(layer, "kv_sharing_target_layer_name", None):
             if ours != is_polar_dtype(context[target].kv_cache_dtype):
                 all_hits.append((index, Hit(SPLIT_SHARING)))
@@ -340,7 +340,7 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
             states += 1
         elif isinstance(spec, AttentionSpec):
             value_size = getattr(spec, "head_size_v", None) or spec.head_size
-            all_hits += [(index, hit) for hit in spec_hits(spec.head_size, value_size) if ours]
+            all_hits += [(index, hit) for hit in spec_hits(spec.head_size, value_size) if ours and not own]
             heads = getattr(layer, "num_heads", spec.num_kv_heads)
             per_token = 2 * spec.num_kv_heads * (spec.head_size + value_size)
             layers.append(Layer(index, ours, heads, spec.num_kv_heads, spec.head_size, per_token))
@@ -368,10 +368,36 @@ def _read(config: Any, recorder: _Recorder, stopped: Exception | None) -> DryRun
         layers=layers,
         states=states,
         max_model_len=model_config.max_model_len,
+        request_bytes={} if all_hits else _request_bytes(config),
         window=model_config.get_sliding_window(),
         found=sorted(found.values(), key=lambda f: f.rule),
         notes=notes,
     )
+
+
+def _request_bytes(config: Any) -> dict[str, int]:
+    """Bytes that a request of max_model_len tokens takes, by dtype, counted in MEMORY."""
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+
+    from vllm_polarquant.announce import as_dtype, specs_of, tokens_that_fit
+
+    try:
+        type(current_platform).update_block_size_for_backend(config)
+        specs = specs_of(config)
+        layouts = get_supported_kv_cache_layouts(get_current_attn_backends(config))
+        resolve_kv_cache_layout(config, [[layout.name for layout in layouts]], specs.values())
+        fit = {config.cache_config.cache_dtype: tokens_that_fit(config, [(specs, MEMORY)])}
+        for dtype in ("auto", "fp8"):
+            other = as_dtype(config, dtype)
+            fit[dtype] = tokens_that_fit(other, [(specs_of(other), MEMORY)])
+    except Exception as problem:
+        # That a model is served must not be lost for want of its size.
+        logger.debug("what fits is unknown: %r", problem)
+        return {}
+    length = config.model_config.max_model_len
+    return {dtype: round(MEMORY * length / tokens) for dtype, tokens in fit.items()}
 
 
 @dataclass(frozen=True)
@@ -443,7 +469,7 @@ def explore(model: Path, config: Mapping[str, Any], preset: str, options: Mappin
                 kept = {k: v for k, v in way.items() if not (text_only and k == "language_model_only")}
                 result = build(str(folder), preset, kept)
                 if not result.found:
-                    ways.append(({k: v for k, v in way.items() if k not in options}, result))
+                    ways.append(({k: v for k, v in way.items() if options.get(k) != v}, result))
                     if result.max_model_len == run.max_model_len:
                         break
         return Answer(run, ways)
