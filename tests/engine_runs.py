@@ -250,7 +250,6 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "gemma3n": {},
     "exaone4": {},
     "gemma3": {},
-    "gemma4": {},
     # Without experts, whose kernels not every build of vLLM has.
     "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 44},
     "granite": {
