@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_polarquant.eval.command import FAILED, fail
+from vllm_polarquant.check import read_config
+from vllm_polarquant.eval.command import FAILED, end_on_sigterm, fail
+from vllm_polarquant.eval.dtypes import check_names
 from vllm_polarquant.eval.engine import engine, kv_tokens, use_in_process_engine
 from vllm_polarquant.eval.measures import next_token
 from vllm_polarquant.eval.measures.text import HELDOUT, read_text, token_rows
@@ -259,6 +261,20 @@ def draw(path: Path, runs: list[Run], name: str, memory: int) -> None:
     plt.close(figure)
 
 
+def _check_model(model: str) -> None:
+    """Look at a folder, or let vLLM ask the hub for a name.
+
+    Raises:
+        ValueError: for a folder that is not there, or without a config.json that can be read.
+    """
+    if model and Path(model).is_dir():
+        read_config(Path(model))
+    elif not model or model.startswith((".", "/", "~")) or Path(model).exists():
+        raise ValueError(f"no folder {model or repr(model)}")
+    else:
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+
 def main(
     model: Annotated[
         str, typer.Option(help=f"Folder or hub name of a model, or {PROBE!r}, the shipped one.")
@@ -274,18 +290,24 @@ def main(
     ] = 0,
     text: Annotated[str, typer.Option(help="Text to read: a file, or 'heldout', Python source.")] = HELDOUT,
     picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
-    count: Annotated[int, typer.Option(help="Questions to the shipped model, at most 100.", min=1)] = 60,
+    count: Annotated[int, typer.Option(help="Questions to the shipped model.", min=1, max=100)] = 60,
 ) -> None:
     """Run a model with each dtype and show what fits, and how far what it says changes."""
+    end_on_sigterm(COMMAND)
     shipped = model == PROBE
-    if shipped and not (MODEL_DIR / "model.safetensors").exists():
-        fail(COMMAND, f"no model in {MODEL_DIR}; eval/training/README.md says how to train one")
-    if not shipped and not Path(model).is_dir():
-        if model.startswith((".", "/", "~")):
-            fail(COMMAND, f"no folder {model}")
-        os.environ.setdefault("HF_HUB_OFFLINE", "0")
+    names = [dtype for dtype in map(str.strip, dtypes.split(",")) if dtype]
     try:
+        if not names:
+            raise ValueError("no --dtypes")
+        check_names(names)
         read_text(text)
+        if not shipped:
+            _check_model(model)
+        elif not (MODEL_DIR / "model.safetensors").exists():
+            raise ValueError(f"no model in {MODEL_DIR}; eval/training/README.md says how to train one")
+        # It is drawn minutes later.
+        if picture.is_dir() or not os.access(picture if picture.exists() else picture.parent, os.W_OK):
+            raise ValueError(f"cannot write a picture to {picture}")
     except ValueError as problem:
         fail(COMMAND, problem)
     use_in_process_engine()
@@ -293,7 +315,7 @@ def main(
     asked = questions(count) if shipped else []
     rows, context = SIZE if shipped or query_gpu() else CPU_SIZE
     params = next_token.Params(rows=rows, context=context, top=1, text=text)
-    name = "The shipped model" if shipped else Path(model).name
+    title = "The shipped model" if shipped else Path(model).name
     console = Console()
     columns: tuple[Any, ...] = (
         TextColumn("{task.description:44}"),
@@ -303,15 +325,15 @@ def main(
     )
     runs: list[Run] = []
     with Progress(*columns, console=console) as progress:
-        for dtype in filter(None, map(str.strip, dtypes.split(","))):
+        for dtype in names:
             try:
                 folder = str(MODEL_DIR) if shipped else model
                 runs.append(measure(folder, dtype, memory, params, asked, progress))
             except Exception as problem:
                 progress.stop()
                 fail(COMMAND, f"{dtype}: {reason(problem)}", FAILED)
-    show(console, runs, asked, name, memory)
-    draw(picture, runs, name, memory)
+    show(console, runs, asked, title, memory)
+    draw(picture, runs, title, memory)
     console.print(f"Picture: {picture}")
 
 

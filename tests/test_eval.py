@@ -356,13 +356,27 @@ def test_the_demo_asks_about_whole_episodes_and_completes_signatures() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--model", "./nowhere"], "no folder ./nowhere"), (["--text", "nowhere.txt"], "cannot be read")],
+    [
+        (["--model", "./nowhere"], "no folder ./nowhere"),
+        (["--model", ""], "no folder ''"),
+        (["--model", __file__], "no folder"),
+        (["--model", str(Path(__file__).parent)], "config.json does not exist"),
+        (["--text", "nowhere.txt"], "cannot be read"),
+        (["--dtypes", " ,"], "no --dtypes"),
+        (["--dtypes", "auto,polarquant_k4v5"], "did you mean polarquant_k4v4?"),
+        (["--picture", "nowhere/x.png"], "cannot write a picture to nowhere/x.png"),
+        (["--picture", "/"], "cannot write a picture to /"),
+    ],
 )
-def test_the_demo_names_bad_input(arguments: list[str], words: str) -> None:
+def test_the_demo_names_bad_input(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     app = typer.Typer()
     app.command()(demo.main)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and words in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 FAKE_WORKER = """
