@@ -26,13 +26,19 @@ def engine(model: str, kv_cache_dtype: str, **options: Any) -> Iterator[LLM]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **options)
+    # vLLM collects garbage several times a start, and to look through what is imported takes a second.
+    gc.freeze()
+    try:
+        llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **options)
+    except BaseException:
+        gc.unfreeze()
+        raise
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-        gc.collect()
+        # Collects garbage, too.
         cleanup_dist_env_and_memory()
 
 
