@@ -91,11 +91,11 @@ class Case:
 
     def decode(self, max_query_len: int, num_sms: int) -> torch.Tensor:
         gpu = replace(Gpu.of(self.device), num_sms=num_sms)
-        reqs, (tokens, heads, dim) = len(self.seq_lens), self.query.shape
+        reqs, (tokens, heads, _) = len(self.seq_lens), self.query.shape
         schedule = make_schedule(self.page.slot, heads, self.heads, reqs, self.device, max_query_len, gpu)
         plan(self.seq_lens, self.query_start_loc, schedule, self.attention.window)
         workspace = DecodeWorkspace.allocate(
-            tokens, heads, self.heads, dim, self.dtype, self.device, reqs, max_query_len, gpu
+            self.page.slot, tokens, heads, self.heads, self.dtype, self.device, reqs, max_query_len, gpu
         )
         out = torch.full_like(self.query, NAN)
         decode_attention(

@@ -59,12 +59,12 @@ def gpu_of(device: torch.device, num_sms: int = 8) -> Gpu:
 
 
 def workspace_for(batch: Batch, max_query_len: int, num_sms: int = 8) -> DecodeWorkspace:
-    tokens, num_heads, head_dim = batch.query.shape
+    tokens, num_heads, _ = batch.query.shape
     workspace = DecodeWorkspace.allocate(
+        batch.page.slot,
         tokens,
         num_heads,
         batch.cache.shape[1],
-        head_dim,
         batch.query.dtype,
         batch.query.device,
         max_reqs=len(batch.seq_lens),
@@ -690,7 +690,7 @@ def test_a_workspace_fits_every_batch_and_stays_small():
     page = page_for(K4V4, 128)
     for heads, kv_heads, queries in ((32, 8, 1), (32, 8, 16), (64, 8, 4), (28, 4, 1), (32, 32, 1)):
         workspace = DecodeWorkspace.allocate(
-            1024, heads, kv_heads, 128, torch.bfloat16, "meta", max_reqs=1024, max_query_len=queries
+            page.slot, 1024, heads, kv_heads, torch.bfloat16, "meta", max_reqs=1024, max_query_len=queries
         )
         schedule = make_schedule(page.slot, heads, kv_heads, 1024, "meta", queries)
         # A split that is not a whole request has a row for each head of each query, of a program at most two.

@@ -18,15 +18,20 @@ from vllm_polarquant.kernels.triton.lanes import (
     follow_maximum,
     for_maximum,
     get_bonus,
+    get_words,
     hadamard,
+    join_halves,
     load_words,
     mma,
     pack_halves,
     place_half,
     put_bonuses,
+    put_words,
     shuffle_int,
     transpose_halves,
     unpack_halves,
+    words_at_once,
+    words_bytes,
 )
 from vllm_polarquant.kernels.triton.launch import table_layout
 from vllm_polarquant.kernels.triton.page_io import (
@@ -79,6 +84,85 @@ def _soft_cap(score, CAP: tl.constexpr):
 
 
 @triton.jit
+def _query_words(
+    query, lane, TILE: tl.constexpr, STEP: tl.constexpr, SHARED: tl.constexpr, PAGE: tl.constexpr
+):
+    """Words of a tile of queries from a step of their products on, two a step; `query` as of `_attend`.
+
+    All words where the tile lies in registers, else `words_at_once` of them.
+    """
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    IN_REGISTERS: tl.constexpr = len(query[0]) // PAIRS
+    if TILE < IN_REGISTERS:
+        return query[0][TILE * PAIRS + 2 * STEP : (TILE + 1) * PAIRS]
+    else:
+        PART: tl.constexpr = 2 * STEP // words_at_once(PAIRS)
+        return get_words(query[1], lane, TILE - IN_REGISTERS, PART, PAIRS, SHARED)
+
+
+@triton.constexpr_function
+def _loads_anew(tile, step, in_registers, pairs):
+    """Whether words of a tile of queries are to be loaded at a step."""
+    return step == 0 if tile < in_registers else 2 * step % words_at_once(pairs) == 0
+
+
+@triton.jit
+def _scores(
+    keys,
+    query,
+    lane,
+    key_lut,
+    TILES: tl.constexpr,
+    SHARED: tl.constexpr,
+    PAGE: tl.constexpr,
+    COPIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Products of 16 keys with TILES tiles of queries, as `mma` has them, a tuple for each tile."""
+    KEYS: tl.constexpr = PAGE.keys
+    VALUES: tl.constexpr = PAGE.values
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    PAIRS: tl.constexpr = PAGE.head_dim // 8
+    IN_REGISTERS: tl.constexpr = len(query[0]) // PAIRS
+    # A product waits for the one before it, so there are at least two sums.
+    SUMS: tl.constexpr = 2 if TILES == 1 else TILES
+    zero = tl.zeros(lane.shape, tl.float32)
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums = sums + ((zero, zero, zero, zero),)
+    before = link(keys, lane, KEYS)
+    words = ()
+    for _ in tl.static_range(TILES):
+        words = words + ((),)
+    for step in tl.static_range(PAGE.head_dim // 16):
+        left = ()
+        for i in tl.static_range(4):
+            left = left + (
+                point(keys, before, i % 2, 2 * step + i // 2, KEYS, key_lut, PLACES[0], COPIES, lane, DTYPE),
+            )
+        new_sums = ()
+        new_words = ()
+        for j in tl.static_range(TILES):
+            if _loads_anew(j, step, IN_REGISTERS, PAIRS):
+                right = _query_words(query, lane, j, step, SHARED, PAGE)
+            else:
+                right = words[j]
+            new_words = new_words + (right[2:],)
+            if TILES > 1:
+                new_sums = new_sums + (mma(sums[j], left, right[:2], DTYPE),)
+            elif step % 2 == 0:
+                new_sums = (mma(sums[0], left, right[:2], DTYPE), sums[1])
+            else:
+                new_sums = (sums[0], mma(sums[1], left, right[:2], DTYPE))
+        sums = new_sums
+        words = new_words
+    if TILES == 1:
+        even, odd = sums
+        sums = ((even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]),)
+    return sums
+
+
+@triton.jit
 def _attend(
     fetched,
     query,
@@ -92,6 +176,8 @@ def _attend(
     value_lut,
     lane,
     SETS: tl.constexpr,
+    SHARED: tl.constexpr,
+    JOINED: tl.constexpr,
     CENTRED: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -102,8 +188,9 @@ def _attend(
 ):
     """Let a warp's queries see 16 more tokens.
 
-    query: the right operands of `mma`, two words a step; column 2t is query t, column 2t + 1 that of the
-    second set of four, if there is one.
+    query: the right operands of `mma`, two words a step, a tile of eight queries after the other: the first
+    tiles' in registers, then what `put_words` has kept of the others in shared memory from SHARED on. Column
+    2t + k % 2 of tile k // 2 is query t of set k.
     state: for each set the largest logit so far of query t, the sum of its weights that this lane has seen,
     and its outputs, four registers for each two pairs (x and y of pair 2i, then of 2i + 1).
     limits: for each set the position before which query t may see tokens, then that before which tokens are
@@ -111,38 +198,20 @@ def _attend(
     bonuses: for each set what a key's centre adds to its logit for query t, in powers of two, if CENTRED.
     token: position of the first of the 16.
     """
-    KEYS: tl.constexpr = PAGE.keys
-    VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
-    TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
     peaks, totals, outs = state
     keys, values, stored = fetched
     radius = radii(stored)
     key_token = token + lane // 4
-    zero = tl.zeros(lane.shape, tl.float32)
-    # Two sums: a product waits for the one before it.
-    even = (zero, zero, zero, zero)
-    odd = even
-    before = link(keys, lane, KEYS)
-    for step in tl.static_range(PAGE.head_dim // 16):
-        left = ()
-        for i in tl.static_range(4):
-            left = left + (
-                point(keys, before, i % 2, 2 * step + i // 2, KEYS, key_lut, PLACES[0], COPIES, lane, DTYPE),
-            )
-        if step % 2 == 0:
-            even = mma(even, left, query[2 * step : 2 * step + 2], DTYPE)
-        else:
-            odd = mma(odd, left, query[2 * step : 2 * step + 2], DTYPE)
+    products = _scores(keys, query, lane, key_lut, (SETS + 1) // 2, SHARED, PAGE, COPIES, DTYPE)
+    key_scales = (radius[0] * scale_log2, radius[2] * scale_log2)
 
-    new_peaks = ()
-    new_totals = ()
-    new_outs = ()
-    weights = ()
+    # Of each set, of tokens g and g + 8.
+    scores = ()
+    tops = ()
     for k in tl.static_range(SETS):
-        scores = ()
+        heights = ()
         for half in tl.static_range(2):
-            score = (even[2 * half + k] + odd[2 * half + k]) * (radius[2 * half] * scale_log2)
+            score = products[k // 2][2 * half + k % 2] * key_scales[half]
             if CENTRED:
                 score += tl.where(is_centred(stored[half]), bonuses[k], 0.0)
             if SOFT_CAP is not None:
@@ -151,62 +220,241 @@ def _attend(
                 seen = _inside(key_token + 8 * half, limits[k], spans[0], BOUNDED)
                 score = tl.where(seen, score, float("-inf"))
             scores = scores + (score,)
-        if tl.float16 == DTYPE:
-            # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten slots
-            # may hold any radius, so their heights are -inf or NaN.
-            heights = ()
-            for half in tl.static_range(2):
-                height = scores[half] + tl.maximum(tl.log2(radius[2 * half + 1]), -60.0)
+            if tl.float16 == DTYPE:
+                # Weights times radii, which float16 must hold, are kept under 1, not the weights. Unwritten
+                # slots may hold any radius, so their heights are -inf or NaN.
+                height = score + tl.maximum(tl.log2(radius[2 * half + 1]), -60.0)
                 heights = heights + (for_maximum(height),)
-        else:
-            heights = scores
-        top = tl.maximum(heights[0], heights[1])
-        scaled, total, peak = follow_maximum(
-            outs[k * TILES : (k + 1) * TILES], totals[k], peaks[k], top, _MARGIN
-        )
-        shift = peak
+            else:
+                heights = heights + (score,)
+        tops = tops + (tl.maximum(heights[0], heights[1]),)
+    outs, totals, peaks = follow_maximum(outs, totals, peaks, tops, _MARGIN)
+    value_radii = ()
+    for half in tl.static_range(2):
+        value_radius = radius[2 * half + 1]
+        if MASKED:
+            known = _inside(key_token + 8 * half, limits[SETS], spans[1], BOUNDED)
+            value_radius = tl.where(known, value_radius, 0.0)
+        value_radii = value_radii + (value_radius,)
+    new_totals = ()
+    weights = ()
+    for k in tl.static_range(SETS):
+        shift = peaks[k]
         if MASKED:
             # A row that has seen nothing yet would subtract infinities.
-            shift = tl.where(peak == float("-inf"), 0.0, peak)
+            shift = tl.where(shift == float("-inf"), 0.0, shift)
+        total = totals[k]
         for half in tl.static_range(2):
-            weight = tl.exp2(scores[half] - shift)
+            weight = tl.exp2(scores[2 * k + half] - shift)
             total += weight
-            value_radius = radius[2 * half + 1]
-            if MASKED:
-                known = _inside(key_token + 8 * half, limits[SETS], spans[1], BOUNDED)
-                value_radius = tl.where(known, value_radius, 0.0)
-            scaled_weight = weight * value_radius
-            # From a token's lanes to a query's. Even columns weigh the xs of pairs, odd ones the ys.
-            both = transpose_halves(pack_halves(scaled_weight, scaled_weight, DTYPE))
-            weights = weights + (
-                place_half(both, 0, (lane & 4) != 0),
-                place_half(both, 1, (lane & 4) != 0),
-            )
-        new_peaks = new_peaks + (peak,)
+            weights = weights + (weight * value_radii[half],)
         new_totals = new_totals + (total,)
-        new_outs = new_outs + scaled
 
+    if JOINED:
+        outs = _add_joined(
+            values,
+            weights,
+            outs,
+            token,
+            limits,
+            spans,
+            value_lut,
+            lane,
+            SETS,
+            MASKED,
+            BOUNDED,
+            PAGE,
+            COPIES,
+            DTYPE,
+        )
+    else:
+        outs = _add_spread(
+            values,
+            weights,
+            outs,
+            token,
+            limits,
+            spans,
+            value_lut,
+            lane,
+            SETS,
+            MASKED,
+            BOUNDED,
+            PAGE,
+            COPIES,
+            DTYPE,
+        )
+    return (peaks, new_totals, outs)
+
+
+@triton.jit
+def _value_points(
+    values,
+    before,
+    token,
+    limits,
+    spans,
+    value_lut,
+    lane,
+    TOKEN: tl.constexpr,
+    PAIR: tl.constexpr,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    COPIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Pair PAIR of a lane's TOKEN-th value; `token`, `limits` and `spans` as of `_attend`."""
+    KEYS: tl.constexpr = PAGE.keys
+    VALUES: tl.constexpr = PAGE.values
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    both = point(values, before, TOKEN, PAIR, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE)
+    if MASKED and VALUES.code == RAW:
+        # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
+        own_token = token + 2 * (lane % 4) + (TOKEN // 2 * 8 + TOKEN % 2)
+        both = tl.where(_inside(own_token, limits[len(limits) - 1], spans[1], BOUNDED), both, 0)
+    return both
+
+
+@triton.jit
+def _add_spread(
+    values,
+    weights,
+    outs,
+    token,
+    limits,
+    spans,
+    value_lut,
+    lane,
+    SETS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    COPIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Add values times weights to the outputs of `_attend`'s state, in products over (token, coordinate).
+
+    Half of what is multiplied is 0, but points need no moves.
+    """
+    VALUES: tl.constexpr = PAGE.values
+    TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
+    # From a token's lanes to a query's. Even columns weigh the xs of pairs, odd ones the ys.
+    placed = ()
+    for i in tl.static_range(2 * SETS):
+        both = transpose_halves(pack_halves(weights[i], weights[i], DTYPE))
+        placed = placed + (
+            place_half(both, 0, (lane & 4) != 0),
+            place_half(both, 1, (lane & 4) != 0),
+        )
     before = link(values, lane, VALUES)
     for half in tl.static_range(2):
-        outs = new_outs
-        new_outs = ()
         a = ()
         for i in tl.static_range(4 * TILES):
-            both = point(
-                values, before, 2 * half + i % 2, i // 2, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE
+            a = a + (
+                _value_points(
+                    values,
+                    before,
+                    token,
+                    limits,
+                    spans,
+                    value_lut,
+                    lane,
+                    2 * half + i % 2,
+                    i // 2,
+                    MASKED,
+                    BOUNDED,
+                    PAGE,
+                    COPIES,
+                    DTYPE,
+                ),
             )
-            if MASKED and VALUES.code == RAW:
-                # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
-                own_token = token + 2 * (lane % 4) + (8 * half + i % 2)
-                both = tl.where(_inside(own_token, limits[SETS], spans[1], BOUNDED), both, 0)
-            a = a + (both,)
+        new_outs = ()
         for k in tl.static_range(SETS):
-            b = (weights[4 * k + 2 * half], weights[4 * k + 2 * half + 1])
+            b = (placed[4 * k + 2 * half], placed[4 * k + 2 * half + 1])
             for i in tl.static_range(TILES):
                 # Rows g and g + 8 are two pairs, columns the coordinates of two tokens.
                 left = (a[4 * i], a[4 * i + 2], a[4 * i + 1], a[4 * i + 3])
                 new_outs = new_outs + (mma(outs[k * TILES + i], left, b, DTYPE),)
-    return (new_peaks, new_totals, new_outs)
+        outs = new_outs
+    return outs
+
+
+@triton.jit
+def _add_joined(
+    values,
+    weights,
+    outs,
+    token,
+    limits,
+    spans,
+    value_lut,
+    lane,
+    SETS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    COPIES: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Add values times weights to the outputs of `_attend`'s state, in products over tokens.
+
+    Two points, of two tokens, become a word of their xs and one of their ys.
+    """
+    VALUES: tl.constexpr = PAGE.values
+    TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
+    # From a token's lanes to a query's, of two sets at once.
+    right = ()
+    for j in tl.static_range(SETS // 2):
+        for half in tl.static_range(2):
+            both = pack_halves(weights[4 * j + half], weights[4 * j + 2 + half], DTYPE)
+            right = right + (transpose_halves(both),)
+    before = link(values, lane, VALUES)
+    added = ()
+    for i in tl.static_range(TILES):
+        p = ()
+        for token_of_pair in tl.static_range(8):
+            p = p + (
+                _value_points(
+                    values,
+                    before,
+                    token,
+                    limits,
+                    spans,
+                    value_lut,
+                    lane,
+                    token_of_pair % 4,
+                    2 * i + token_of_pair // 4,
+                    MASKED,
+                    BOUNDED,
+                    PAGE,
+                    COPIES,
+                    DTYPE,
+                ),
+            )
+        # Rows g and g + 8 are two pairs.
+        left = ()
+        for half in tl.static_range(2):
+            left = left + (
+                (
+                    join_halves(p[0], p[1], half),
+                    join_halves(p[4], p[5], half),
+                    join_halves(p[2], p[3], half),
+                    join_halves(p[6], p[7], half),
+                ),
+            )
+        for j in tl.static_range(SETS // 2):
+            b = (right[2 * j], right[2 * j + 1])
+            first, second = outs[2 * j * TILES + i], outs[(2 * j + 1) * TILES + i]
+            x = mma((first[0], second[0], first[2], second[2]), left[0], b, DTYPE)
+            y = mma((first[1], second[1], first[3], second[3]), left[1], b, DTYPE)
+            added = added + ((x[0], y[0], x[2], y[2]), (x[1], y[1], x[3], y[3]))
+    # In the order of sets.
+    new_outs = ()
+    for k in tl.static_range(SETS):
+        for i in tl.static_range(TILES):
+            new_outs = new_outs + (added[i * SETS + k],)
+    return new_outs
 
 
 @triton.jit
@@ -225,7 +473,7 @@ def load_factors(factors, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _load_queries(
-    query, factors, active, member, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
+    query, factors, member, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Words (x, y) of each thread's quarter of its query's pairs, rotated, in the order of keys' pairs.
 
@@ -233,11 +481,8 @@ def _load_queries(
     """
     PAIRS: tl.constexpr = HEAD_DIM // 8
     halves = query.to(tl.pointer_type(tl.uint32)) + member * (PAIRS // 2)
-    xs = ()
-    ys = ()
-    for i in tl.static_range(PAIRS // 2):
-        xs = xs + (tl.load(halves + i, mask=active, other=0),)
-        ys = ys + (tl.load(halves + HEAD_DIM // 4 + i, mask=active, other=0),)
+    xs = load_words(halves, PAIRS // 2, 4)
+    ys = load_words(halves + HEAD_DIM // 4, PAIRS // 2, 4)
     words = ()
     if ROTATE:
         scaled = load_factors(factors, member * PAIRS, PAIRS, HEAD_DIM)
@@ -299,20 +544,35 @@ def _load_centres(
 
 
 @triton.jit
-def _centre_products(query, words, scale_log2, PAGE: tl.constexpr, DTYPE: tl.constexpr):
-    """Logits, in powers of two, of a warp's 16 centres of `_load_centres`, as `mma` has them."""
+def _centre_products(
+    query, words, lane, scale_log2, TILES: tl.constexpr, SHARED: tl.constexpr, PAGE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Logits, in powers of two, of a warp's 16 centres of `_load_centres`: a tile's as `mma` has them."""
     PAIRS: tl.constexpr = PAGE.head_dim // 8
+    IN_REGISTERS: tl.constexpr = len(query[0]) // PAIRS
     zero = tl.zeros(words[0].shape, tl.float32)
-    product = (zero, zero, zero, zero)
-    for step in tl.static_range(PAGE.head_dim // 16):
-        left = (words[2 * step], words[PAIRS + 2 * step], words[2 * step + 1], words[PAIRS + 2 * step + 1])
-        product = mma(product, left, query[2 * step : 2 * step + 2], DTYPE)
-    return (
-        product[0] * scale_log2,
-        product[1] * scale_log2,
-        product[2] * scale_log2,
-        product[3] * scale_log2,
-    )
+    products = ()
+    for j in tl.static_range(TILES):
+        product = (zero, zero, zero, zero)
+        right = ()
+        for step in tl.static_range(PAGE.head_dim // 16):
+            left = (
+                words[2 * step], words[PAIRS + 2 * step], words[2 * step + 1], words[PAIRS + 2 * step + 1],
+            )  # fmt: skip
+            if _loads_anew(j, step, IN_REGISTERS, PAIRS):
+                right = _query_words(query, lane, j, step, SHARED, PAGE)
+            product = mma(product, left, right[:2], DTYPE)
+            right = right[2:]
+        products = products + (
+            (
+                product[0] * scale_log2,
+                product[1] * scale_log2,
+                product[2] * scale_log2,
+                product[3] * scale_log2,
+            ),
+        )
+    return products
 
 
 @triton.jit
@@ -340,22 +600,28 @@ def read(
     scale_log2,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
+    SHARED_TILES: tl.constexpr,
+    JOINED: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     CENTRES_PER_SEGMENT: tl.constexpr,
-    BONUSES: tl.constexpr,
+    SHARED: tl.constexpr,
     PAGE: tl.constexpr,
 ):
     """What each warp's queries have seen of the chunks start .. end - 1 of a request: the state of `_attend`.
 
     table: the request's row of the block table. window: how many tokens a query sees, or None for all.
     first_token, count: the request's queries. first_row: the first of the rows that this program takes.
-    BONUSES: where in shared memory those of centres go.
+    SHARED_TILES: of eight queries whose operands lie in shared memory, from SHARED on, before the centres'
+    bonuses.
     """
     DTYPE: tl.constexpr = query.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
     TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
+    QUERY_TILES: tl.constexpr = (SETS + 1) // 2
+    IN_REGISTERS: tl.constexpr = QUERY_TILES - SHARED_TILES
+    BONUSES: tl.constexpr = SHARED + words_bytes(SHARED_TILES, PAGE.head_dim // 8)
     lane = thread % 32
     group = lane // 4
     member = lane % 4
@@ -403,22 +669,36 @@ def read(
             PAGE,
         )
     column = group // 2
-    if SETS == 2:
+    if SETS > 1:
         column += 4 * (group % 2)
-    own = first_row + column
-    own_token, own_head = row_index(first_token, own, kv_head, GROUP)
-    source = query + own_token * query_stride_token + own_head * query_stride_head
-    operands = _load_queries(
-        source, query_factors, own < count * GROUP, member, lane, ROTATE, PAGE.head_dim, DTYPE
-    )
+    in_registers = ()
+    in_shared = ()
+    for j in tl.static_range(IN_REGISTERS + (1 if SHARED_TILES > 0 else 0)):
+        own = first_row + 8 * j + column
+        if j == IN_REGISTERS:
+            # Each warp loads one for all.
+            own += 8 * (warp % SHARED_TILES)
+        # What there is no query for is read as the last one, and never written.
+        own_token, own_head = row_index(first_token, tl.minimum(own, count * GROUP - 1), kv_head, GROUP)
+        source = query + own_token * query_stride_token + own_head * query_stride_head
+        words = _load_queries(source, query_factors, member, lane, ROTATE, PAGE.head_dim, DTYPE)
+        if j < IN_REGISTERS:
+            in_registers = in_registers + words
+        else:
+            in_shared = words
+            put_words(words, thread, warp % SHARED_TILES, SHARED)
+            tl.debug_barrier()
+    operands = (in_registers, in_shared)
     limits = ()
     for k in tl.static_range(SETS):
         row = first_row + 4 * k + member
         limits = limits + (tl.minimum(seq_len - count + row // GROUP + 1, seq_len),)
     limits = limits + (tl.zeros([WARPS * 32], tl.int32) + seq_len,)
-    products = (zero, zero, zero, zero)
+    products = ()
     if CENTRED:
-        products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+        products = _centre_products(
+            operands, centre_words, lane, scale_log2, QUERY_TILES, SHARED, PAGE, DTYPE
+        )
         put_bonuses(products, thread, SETS, BONUSES)
     tl.debug_barrier()
 
@@ -433,7 +713,9 @@ def read(
                     centres, first_segment + 16 * warp + group, num_segments, kv_head, member,
                     CENTRES_PER_SEGMENT, PAGE,
                 )  # fmt: skip
-                products = _centre_products(operands, centre_words, scale_log2, PAGE, DTYPE)
+                products = _centre_products(
+                    operands, centre_words, lane, scale_log2, QUERY_TILES, SHARED, PAGE, DTYPE
+                )
                 put_bonuses(products, thread, SETS, BONUSES)
                 tl.debug_barrier()
         for PHASE in tl.static_range(1 if window is None else 0, 3):
@@ -455,7 +737,8 @@ def read(
                         bonuses = bonuses + (get_bonus(products, segment, thread, k, SETS, BONUSES),)
                 state = _attend(
                     fetched, operands, state, bounds, spans, chunk * 16, scale_log2, bonuses, key_lut,
-                    value_lut, lane, SETS, CENTRED, PHASE != 1, PHASE == 0, SOFT_CAP, PAGE, COPIES, DTYPE,
+                    value_lut, lane, SETS, SHARED, JOINED, CENTRED, PHASE != 1, PHASE == 0, SOFT_CAP, PAGE,
+                    COPIES, DTYPE,
                 )  # fmt: skip
                 fetched = coming
     return state

@@ -36,18 +36,18 @@ from vllm_polarquant.kernels.triton.lanes import (
     open_shared,
     recomputed,
     reserve_dynamic,
+    words_bytes,
 )
 from vllm_polarquant.kernels.triton.launch import (
-    MAX_PROGRAMS_PER_SM,
     DecodeLaunch,
     Gpu,
     RowTiles,
+    registers_of_output,
     table_layout,
 )
 from vllm_polarquant.kernels.triton.merge import (
     merge,
     partial_row,
-    registers_of_output,
     sinks_of,
     store_rows,
     write,
@@ -74,7 +74,7 @@ def make_schedule(
     """
     device = torch.device(device)
     gpu = gpu or Gpu.of(device)
-    rows = RowTiles.of(num_heads, num_kv_heads, max_query_len)
+    rows = RowTiles.of(slot, gpu, num_heads, num_kv_heads, max_query_len)
     launch = DecodeLaunch.of(slot, rows.sets, gpu)
     programs = gpu.num_sms * launch.programs_per_sm // (num_kv_heads * rows.blocks)
     return Schedule.allocate(max_reqs, max(1, programs), 16 * launch.warps, device)
@@ -100,10 +100,10 @@ class DecodeWorkspace:
     @classmethod
     def allocate(
         cls,
+        slot: Slot,
         max_tokens: int,
         num_heads: int,
         num_kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
         max_reqs: int,
@@ -116,15 +116,20 @@ class DecodeWorkspace:
         the device's.
         """
         gpu = gpu or Gpu.of(torch.device(device))
-        rows = RowTiles.of(num_heads, num_kv_heads, max_query_len)
+        rows = RowTiles.of(slot, gpu, num_heads, num_kv_heads, max_query_len)
         columns = num_kv_heads * rows.blocks
-        programs = max(1, MAX_PROGRAMS_PER_SM * gpu.num_sms // columns)
+        launch = DecodeLaunch.of(slot, rows.sets, gpu)
+        programs = max(1, launch.programs_per_sm * gpu.num_sms // columns)
         partial_rows = 2 * programs * columns * 4 * rows.sets
         return cls(
             torch.empty(
-                0 if is_hadamard(head_dim) else max_tokens, num_heads, head_dim, dtype=dtype, device=device
+                0 if is_hadamard(slot.head_dim) else max_tokens,
+                num_heads,
+                slot.head_dim,
+                dtype=dtype,
+                device=device,
             ),
-            torch.empty(partial_rows, head_dim, dtype=torch.float32, device=device),
+            torch.empty(partial_rows, slot.head_dim, dtype=torch.float32, device=device),
             torch.empty(partial_rows, dtype=torch.float32, device=device),
             torch.zeros(max_reqs * columns, dtype=torch.int32, device=device),
         )
@@ -183,8 +188,9 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     ITEM_WORDS: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
     SETS: tl.constexpr,
+    SHARED_TILES: tl.constexpr,
+    JOINED: tl.constexpr,
     WARPS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -198,20 +204,22 @@ def _decode_kernel(
     PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
     STATIC_BYTES: tl.constexpr = PLACES[2]
     DYNAMIC_BYTES: tl.constexpr = PLACES[3]
-    EXCHANGE: tl.constexpr = exchange_bytes(registers_of_output(PAGE.half_pad, WARPS), WARPS)
+    EXCHANGE: tl.constexpr = exchange_bytes(registers_of_output(PAGE.head_dim, WARPS), WARPS)
     kv_head = tl.program_id(0)
     row_block = tl.program_id(1)
     program = tl.program_id(2)
     thread = tl.arange(0, WARPS * 32)
-    BONUSES: tl.constexpr = EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES
-    open_shared(thread, BONUSES + (bonus_bytes(WARPS, SETS) if CENTRES_PER_SEGMENT > 0 else 0))
+    SHARED: tl.constexpr = EXCHANGE if DYNAMIC_BYTES == 0 and EXCHANGE > STATIC_BYTES else STATIC_BYTES
+    QUERIES: tl.constexpr = words_bytes(SHARED_TILES, PAGE.head_dim // 8)
+    BONUSES: tl.constexpr = bonus_bytes(WARPS, SETS) if CENTRES_PER_SEGMENT > 0 else 0
+    open_shared(thread, SHARED + QUERIES + BONUSES)
     record = begin_words + program * ITEM_WORDS
     following = items + (tl.load(record + ITEM_WORDS - 2) + 1) * ITEM_WORDS
     count_items = tl.load(record + ITEM_WORDS - 1)
     reserve_dynamic(thread, DYNAMIC_BYTES, count_items < 0, arrived)
 
     column = row_block * tl.num_programs(0) + kv_head
-    columns = ROW_BLOCKS * tl.num_programs(0)
+    columns = tl.num_programs(1) * tl.num_programs(0)
     first_row = row_block * ROWS
     own_factors = query_factors + kv_head * query_factors_stride
     _fill_tables(thread, key_lut, value_lut, PAGE, COPIES)
@@ -241,8 +249,8 @@ def _decode_kernel(
                     recomputed(thread), query, query_stride_token, query_stride_head, own_factors, cache,
                     block_stride, block_table + request.to(tl.int64) * table_stride, seq_len, window,
                     first_token, count, first_row, start, end, kv_head, key_lut, value_lut, centres,
-                    num_segments, scale_log2, GROUP, SETS, COPIES, ROTATE, SOFT_CAP, CENTRES_PER_SEGMENT,
-                    BONUSES, PAGE,
+                    num_segments, scale_log2, GROUP, SETS, SHARED_TILES, JOINED, COPIES, ROTATE, SOFT_CAP,
+                    CENTRES_PER_SEGMENT, SHARED, PAGE,
                 )  # fmt: skip
                 write(
                     recomputed(thread), state, sinks, output_factors, out, out_stride_token, out_stride_head,
@@ -362,7 +370,7 @@ def decode_attention(
     if not tokens or not num_reqs:
         return
     gpu = gpu or Gpu.of(query.device)
-    rows = RowTiles.of(num_heads, num_kv_heads, max_query_len)
+    rows = RowTiles.of(page.slot, gpu, num_heads, num_kv_heads, max_query_len)
     columns = num_kv_heads * rows.blocks
     partial_rows = 2 * schedule.programs * columns * 4 * rows.sets
     # A Hadamard matrix is applied where the queries are read and the outputs written.
@@ -420,8 +428,9 @@ def decode_attention(
         GROUP=num_heads // num_kv_heads,
         MAX_SPLITS=MAX_SPLITS,
         ITEM_WORDS=ITEM_WORDS,
-        ROW_BLOCKS=rows.blocks,
         SETS=rows.sets,
+        SHARED_TILES=launch.shared_tiles,
+        JOINED=launch.joined,
         WARPS=launch.warps,
         COPIES=gpu.table_copies,
         ROTATE=page.slot.key.rotated and not separate,

@@ -214,43 +214,53 @@ def sum_over_groups(x):
 
 
 @triton.jit
-def follow_maximum(outs, total, peak, top, MARGIN: tl.constexpr):
-    """Let running maxima of the queries of places follow what they see, and rescale what they have summed up.
+def follow_maximum(outs, totals, peaks, tops, MARGIN: tl.constexpr):
+    """Let running maxima of a warp's queries follow what they see, and rescale what these have summed up.
 
-    outs: tuples of four float32, outputs of the lane's query. total, peak: float32, the sum of weights that
-    this lane has seen and the maximum, in powers of two, that they are relative to, the same for the query's
-    eight lanes. top: the largest logit that this lane has now seen. Returns the three. Nothing changes
-    while no logit of the warp is 2**MARGIN times above its query's maximum; so weights may be that large
-    (FlashAttention 4 does so).
+    outs: for each set of queries, one a place, as many tuples of four float32, outputs of the lane's query.
+    totals, peaks, for each set: float32, the sum of weights that this lane has seen, and the maximum, in
+    powers of two, that they are relative to, the same for the query's eight lanes. tops, likewise: the largest
+    logit that this lane has now seen. Returns the first three. Nothing changes while no logit of the warp is
+    2**MARGIN times above its query's maximum; so weights may be that large (FlashAttention 4 does so).
     """
-    COUNT: tl.constexpr = 4 * len(outs)
+    SETS: tl.constexpr = len(peaks)
+    COUNT: tl.constexpr = 4 * len(outs) // SETS
     if _INTERPRET:
-        WARPS: tl.constexpr = top.shape[0] // 32
-        over = tl.reshape((top > peak + MARGIN).to(tl.int32), [WARPS, 32])
-        over = tl.reshape(tl.broadcast_to(tl.max(over, axis=1)[:, None], [WARPS, 32]), top.shape) > 0
-        new_peak = tl.where(over, tl.maximum(peak, max_over_groups(top)), peak)
-        decay = tl.where(new_peak == peak, 1.0, tl.exp2(peak - new_peak))
+        WARPS: tl.constexpr = tops[0].shape[0] // 32
+        over = tops[0] > peaks[0] + MARGIN
+        for k in tl.static_range(1, SETS):
+            over = over | (tops[k] > peaks[k] + MARGIN)
+        over = tl.reshape(over.to(tl.int32), [WARPS, 32])
+        over = tl.reshape(tl.broadcast_to(tl.max(over, axis=1)[:, None], [WARPS, 32]), tops[0].shape) > 0
         scaled = ()
-        for i in tl.static_range(COUNT // 4):
-            out = outs[i]
-            scaled = scaled + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
-        return scaled, total * decay, new_peak
+        new_totals = ()
+        new_peaks = ()
+        for k in tl.static_range(SETS):
+            peak = tl.where(over, tl.maximum(peaks[k], max_over_groups(tops[k])), peaks[k])
+            decay = tl.where(peak == peaks[k], 1.0, tl.exp2(peaks[k] - peak))
+            for i in tl.static_range(COUNT // 4):
+                out = outs[k * (COUNT // 4) + i]
+                scaled = scaled + ((out[0] * decay, out[1] * decay, out[2] * decay, out[3] * decay),)
+            new_totals = new_totals + (totals[k] * decay,)
+            new_peaks = new_peaks + (peak,)
+        return scaled, new_totals, new_peaks
     else:
         flat = ()
-        for i in tl.static_range(COUNT // 4):
+        for i in tl.static_range(len(outs)):
             flat = flat + outs[i]
+        STATE: tl.constexpr = SETS * (COUNT + 2)
         done = tl.inline_asm_elementwise(
-            _follow_asm(COUNT, MARGIN),
-            _outputs("f", COUNT + 2) + _tied(COUNT + 2) + ",f",
-            flat + (total, peak, top),
-            dtype=dtypes(tl.float32, COUNT + 2),
+            _follow_asm(SETS, COUNT, MARGIN),
+            _outputs("f", STATE) + _tied(STATE) + _inputs("f", SETS),
+            flat + totals + peaks + tops,
+            dtype=dtypes(tl.float32, STATE),
             is_pure=True,
             pack=1,
         )
         scaled = ()
-        for i in tl.static_range(COUNT // 4):
+        for i in tl.static_range(len(outs)):
             scaled = scaled + (done[4 * i : 4 * i + 4],)
-        return scaled, done[COUNT], done[COUNT + 1]
+        return scaled, done[SETS * COUNT : SETS * COUNT + SETS], done[SETS * COUNT + SETS : STATE]
 
 
 @triton.constexpr_function
@@ -259,22 +269,28 @@ def _tied(count):
 
 
 @triton.constexpr_function
-def _follow_asm(count, margin):
-    peak, top = f"${count + 1}", f"${2 * count + 4}"
-    lines = [
-        "{.reg .pred over, some, same;\n.reg .f32 limit, high, other, decay;",
-        f"add.f32 limit, {peak}, {float(margin)};",
-        f"setp.gt.f32 over, {top}, limit;\nvote.sync.any.pred some, over, 0xffffffff;\n@!some bra DONE;",
-        f"max.f32 high, {peak}, {top};",
-    ]
-    for mask in (4, 8, 16):
-        lines.append(f"shfl.sync.bfly.b32 other, high, {mask}, 0x1f, 0xffffffff;\nmax.f32 high, high, other;")
-    lines += [
-        # A query that has seen nothing yet would subtract infinities.
-        f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;\nex2.approx.ftz.f32 decay, decay;",
-        f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;",
-    ]
-    lines += [f"mul.f32 ${i}, ${i}, decay;" for i in range(count + 1)]
+def _follow_asm(sets, count, margin):
+    totals, peaks = sets * count, sets * count + sets
+    tops = 2 * (peaks + sets)
+    lines = ["{.reg .pred over, same;\n.reg .f32 limit, high, other, decay;"]
+    for k in range(sets):
+        lines.append(f"add.f32 limit, ${peaks + k}, {float(margin)};")
+        lines.append(f"setp.gt{'.or' if k else ''}.f32 over, ${tops + k}, limit{', over' if k else ''};")
+    lines.append("vote.sync.any.pred over, over, 0xffffffff;\n@!over bra DONE;")
+    for k in range(sets):
+        peak = f"${peaks + k}"
+        lines.append(f"max.f32 high, {peak}, ${tops + k};")
+        for mask in (4, 8, 16):
+            lines.append(
+                f"shfl.sync.bfly.b32 other, high, {mask}, 0x1f, 0xffffffff;\nmax.f32 high, high, other;"
+            )
+        lines += [
+            # A query that has seen nothing yet would subtract infinities.
+            f"setp.eq.f32 same, {peak}, high;\nsub.f32 decay, {peak}, high;",
+            "ex2.approx.ftz.f32 decay, decay;",
+            f"@same mov.f32 decay, 0f3F800000;\nmov.f32 {peak}, high;",
+        ]
+        lines += [f"mul.f32 ${i}, ${i}, decay;" for i in (*range(k * count, (k + 1) * count), totals + k)]
     return "\n".join([*lines, "DONE:\n}"])
 
 
@@ -377,6 +393,15 @@ def place_half(word, HALF: tl.constexpr, upper):
             [word, tl.where(upper, 0x3244 if HALF else 0x1044, 0x4432 if HALF else 0x4410)],
             dtype=tl.uint32, is_pure=True, pack=1,
         )  # fmt: skip
+
+
+@triton.jit
+def join_halves(first, second, HALF: tl.constexpr):
+    """Half HALF, 0 or 1, of each of two words, uint32, as the lower and the upper half of one."""
+    if _INTERPRET:
+        return ((first >> (16 * HALF)) & 0xFFFF) | (((second >> (16 * HALF)) & 0xFFFF) << 16)
+    else:
+        return _permute(first, second, 0x7632 if HALF else 0x5410)
 
 
 @triton.jit
@@ -506,12 +531,12 @@ def _open_asm(size):
 
 
 @triton.constexpr_function
-def _at(instruction, first):
-    """PTX of an instruction on shared memory; `[at]` in it stands for $1 bytes after `first`."""
+def _at(instruction, first, operand=1):
+    """PTX of an instruction on shared memory; `[at]` in it stands for $operand bytes after `first`."""
     dynamic = first >= DYNAMIC.value
     memory = "global_smem" if dynamic else "lane_table"
     instruction = instruction.replace("[at]", f"[at + {first - DYNAMIC.value if dynamic else first}]")
-    return f"{{.reg .b32 at;\nmov.u32 at, {memory};\nadd.u32 at, at, $1;\n{instruction}}}"
+    return f"{{.reg .b32 at;\nmov.u32 at, {memory};\nadd.u32 at, at, ${operand};\n{instruction}}}"
 
 
 @triton.jit
@@ -554,7 +579,7 @@ def fill_table(threads, words, FIRST: tl.constexpr, COUNT: tl.constexpr, COPIES:
         PARTS: tl.constexpr = COPIES // 4
         for start in tl.static_range(0, COUNT * PARTS, THREADS):
             entry = tl.minimum((start + threads) // PARTS, COUNT - 1)
-            word = tl.load(words + entry)
+            word = load_words(words + entry, 1, 4)[0]
             address = entry * (4 * COPIES) + threads % PARTS * 16
             tl.inline_asm_elementwise(
                 _at("st.shared.v4.b32 [at], {$2, $2, $2, $2};\nmov.u32 $0, 0;", FIRST),
@@ -607,6 +632,73 @@ def _get(address, FIRST: tl.constexpr):
 
 
 @triton.constexpr_function
+def words_bytes(tiles, count):
+    """Shared memory that `put_words` of so many tiles of `count` words takes."""
+    return tiles * count * 128
+
+
+@triton.constexpr_function
+def words_at_once(count):
+    """How many of `count` words, an even number, `get_words` loads."""
+    return 4 if count % 4 == 0 else 2
+
+
+@triton.jit
+def put_words(words, thread, tile, FIRST: tl.constexpr):
+    """Keep, in shared memory from FIRST on, a tuple of words, uint32, of each lane of a tile.
+
+    tile: int32, each warp's; of equal ones, any may be kept. A tl.debug_barrier() must follow before a
+    get_words.
+    """
+    if not _INTERPRET:
+        COUNT: tl.constexpr = len(words)
+        VECTOR: tl.constexpr = words_at_once(COUNT)
+        place = tile * (COUNT * 128) + thread % 32 * (4 * VECTOR)
+        for i in tl.static_range(COUNT // VECTOR):
+            tl.inline_asm_elementwise(
+                _at(_shared_asm("st", VECTOR), FIRST + 128 * VECTOR * i),
+                "=r,r" + _inputs("r", VECTOR),
+                (place,) + words[i * VECTOR : (i + 1) * VECTOR],
+                dtype=tl.uint32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.constexpr_function
+def _shared_asm(operation, vector):
+    """PTX that stores words $2 and on at [at], or loads words $0 and on from there."""
+    if operation == "st":
+        words = ", ".join(f"${2 + i}" for i in range(vector))
+        return f"st.shared.v{vector}.b32 [at], {{{words}}};\nmov.u32 $0, 0;"
+    words = ", ".join(f"${i}" for i in range(vector))
+    return f"ld.shared.v{vector}.b32 {{{words}}}, [at];"
+
+
+@triton.jit
+def get_words(words, lane, TILE: tl.constexpr, PART: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr):
+    """The PART-th `words_at_once(COUNT)` of the COUNT words that put_words(words, ...) kept of a tile's lane.
+
+    Warp TILE has put them.
+    """
+    VECTOR: tl.constexpr = words_at_once(COUNT)
+    if _INTERPRET:
+        found = ()
+        for i in tl.static_range(VECTOR):
+            found = found + (tl.gather(words[PART * VECTOR + i], TILE * 32 + lane, 0),)
+        return found
+    else:
+        return tl.inline_asm_elementwise(
+            _at(_shared_asm("ld", VECTOR), FIRST + 128 * (TILE * COUNT + VECTOR * PART), VECTOR),
+            _outputs("r", VECTOR) + ",r",
+            [lane * (4 * VECTOR)],
+            dtype=dtypes(tl.uint32, VECTOR),
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.constexpr_function
 def bonus_bytes(warps, sets):
     """Shared memory that `put_bonuses` takes."""
     return warps * 16 * sets * 16
@@ -616,15 +708,15 @@ def bonus_bytes(warps, sets):
 def put_bonuses(values, thread, SETS: tl.constexpr, FIRST: tl.constexpr):
     """Keep, in shared memory from FIRST on, 16 rows a warp of numbers for queries.
 
-    values: float32, two for each of rows 16 * warp + g and 8 more, as `mma` has them: of queries `member` of
-    two sets. A tl.debug_barrier() must follow before a get_bonus.
+    values: float32, for each two sets two of row 16 * warp + g and two of 8 more, as `mma` has them, of
+    queries `member`. A tl.debug_barrier() must follow before a get_bonus.
     """
     if not _INTERPRET:
         lane = thread % 32
         place = (thread // 32 * (16 * SETS) + lane // 4 * SETS) * 16 + lane % 4 * 4
         for half in tl.static_range(2):
             for k in tl.static_range(SETS):
-                _put(place, values[2 * half + k], FIRST + (8 * SETS * half + k) * 16)
+                _put(place, values[k // 2][2 * half + k % 2], FIRST + (8 * SETS * half + k) * 16)
 
 
 @triton.jit
@@ -632,7 +724,8 @@ def get_bonus(values, row, thread, SET: tl.constexpr, SETS: tl.constexpr, FIRST:
     """What put_bonuses(values, ...) kept in each thread's row for query `member` of a set."""
     if _INTERPRET:
         source = row // 16 * 32 + row % 8 * 4 + thread % 4
-        upper, lower = tl.gather(values[SET], source, 0), tl.gather(values[2 + SET], source, 0)
+        own = values[SET // 2]
+        upper, lower = tl.gather(own[SET % 2], source, 0), tl.gather(own[2 + SET % 2], source, 0)
         return tl.where(row % 16 < 8, upper, lower)
     else:
         return _get(row * (SETS * 16) + thread % 4 * 4, FIRST + SET * 16)

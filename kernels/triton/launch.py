@@ -18,7 +18,7 @@ import triton
 
 from vllm_polarquant.format import Slot
 from vllm_polarquant.kernels.triton.constants import table_entries, vector_code
-from vllm_polarquant.kernels.triton.lanes import DYNAMIC
+from vllm_polarquant.kernels.triton.lanes import DYNAMIC, bonus_bytes, exchange_bytes, words_bytes
 
 Config = dict[str, int]
 
@@ -32,7 +32,7 @@ _REGISTERS = 65536
 """Registers of an SM, of every GPU that Triton compiles for."""
 
 MAX_PROGRAMS_PER_SM = 4
-"""Programs of decode attention at most that an SM runs at once; the workspace has room for them."""
+"""Programs of decode attention at most that an SM runs at once."""
 
 
 @dataclass(frozen=True)
@@ -113,38 +113,58 @@ def table_layout(key_code, value_code, copies):
     return DYNAMIC.value, 0, values, max(keys, 64 << 10)
 
 
+@triton.constexpr_function
+def registers_of_output(head_dim, warps):
+    """Values x, then values y, that a lane holds of a query's output, padded for the exchange."""
+    return max(triton.next_power_of_2(head_dim // 2) // 4, warps)
+
+
 @dataclass(frozen=True)
 class RowTiles:
     """How a request's rows, its queries' heads that share a KV head, are dealt to programs.
 
-    sets: of four rows, that a program takes. blocks: programs for all rows.
+    sets: of four rows, that a program takes: 1, 2, 4 or 8. blocks: programs for all rows, each of which reads
+    all pages.
     """
 
     sets: int
     blocks: int
 
     @classmethod
-    def of(cls, num_heads: int, num_kv_heads: int, max_query_len: int) -> RowTiles:
+    def of(cls, slot: Slot, gpu: Gpu, num_heads: int, num_kv_heads: int, max_query_len: int) -> RowTiles:
         rows = max_query_len * (num_heads // num_kv_heads)
-        sets = 1 if rows <= 4 else 2
+        most = config("decode", slot, gpu)["max_sets"]
+        sets = min(most, triton.next_power_of_2(triton.cdiv(rows, 4)))
         return cls(sets, triton.cdiv(rows, 4 * sets))
 
 
 @dataclass(frozen=True)
 class DecodeLaunch:
-    """warps of a program, registers that a thread may have, programs that an SM runs at once."""
+    """Launch parameters of decode attention.
+
+    warps: of a program. registers: that a thread may have. shared_tiles: tiles of eight queries whose
+    operands lie in shared memory instead of registers. joined: whether values are multiplied over tokens or
+    over (token, coordinate). programs_per_sm: that an SM runs at once.
+    """
 
     warps: int
     registers: int
+    shared_tiles: int
+    joined: bool
     programs_per_sm: int
 
     @classmethod
     @cache
     def of(cls, slot: Slot, sets: int, gpu: Gpu) -> DecodeLaunch:
         """sets: of RowTiles."""
-        chosen = config("decode" if sets == 1 else "decode_wide", slot, gpu)
-        warps, registers = chosen["num_warps"], chosen["maxnreg"]
+        chosen = config(f"decode_{4 * sets}", slot, gpu)
+        warps, registers, shared_tiles = (chosen[name] for name in ("num_warps", "maxnreg", "shared_tiles"))
         *_, static, dynamic = table_layout(vector_code(slot.key), vector_code(slot.value), gpu.table_copies)
-        # CUDA keeps 1 KB of shared memory a program, and exchanges and bonuses take as much as 5 KB.
-        fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 6144))
-        return cls(warps, registers, min(max(1, fit), MAX_PROGRAMS_PER_SM))
+        if not dynamic:
+            static = max(static, exchange_bytes(registers_of_output(slot.head_dim, warps), warps))
+        static += words_bytes(shared_tiles, slot.head_dim // 8) + bonus_bytes(warps, sets)
+        # CUDA keeps 1 KB of shared memory a program.
+        fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 1024))
+        return cls(
+            warps, registers, shared_tiles, bool(chosen["joined"]), min(max(1, fit), MAX_PROGRAMS_PER_SM)
+        )

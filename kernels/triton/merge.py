@@ -15,15 +15,9 @@ from vllm_polarquant.kernels.triton.lanes import (
     sum_over_groups,
     sum_over_warps,
 )
-from vllm_polarquant.kernels.triton.launch import table_layout
+from vllm_polarquant.kernels.triton.launch import registers_of_output, table_layout
 
 _LN_2 = tl.constexpr(math.log(2))
-
-
-@triton.constexpr_function
-def registers_of_output(half_pad, warps):
-    """Values x, then values y, that a lane holds of a query's output, padded for the exchange."""
-    return max(half_pad // 4, warps)
 
 
 @triton.jit
@@ -80,7 +74,7 @@ def write(
     DTYPE: tl.constexpr = out.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
     TILES: tl.constexpr = (HALF + 15) // 16
-    REGISTERS: tl.constexpr = registers_of_output(PAGE.half_pad, WARPS)
+    REGISTERS: tl.constexpr = registers_of_output(HEAD_DIM, WARPS)
     # After the last look-up, warps exchange results where a table was.
     EXCHANGE_FIRST: tl.constexpr = DYNAMIC if table_layout(KEYS.code, VALUES.code, COPIES)[3] > 0 else 0
     zero = tl.zeros([WARPS * 32], tl.float32)
@@ -166,7 +160,6 @@ def merge(
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
-    AT_ONCE: tl.constexpr = 6,
 ):
     """A request's outputs, float32 [ROWS, 2 * half_pad], and log2-sum-exp2 [ROWS], of what `write` left.
 
@@ -174,6 +167,8 @@ def merge(
     """
     HEAD_DIM: tl.constexpr = PAGE.head_dim
     HALF_PAD: tl.constexpr = PAGE.half_pad
+    # Outputs of splits that are asked for together, as many as registers hold.
+    AT_ONCE: tl.constexpr = 6 if ROWS <= 8 else (3 if ROWS <= 16 else 2)
     row = tl.arange(0, ROWS)
     number = tl.arange(0, MAX_SPLITS)
     first = partial_row(first_program + number, (number == 0).to(tl.int32), column, columns, ROWS)

@@ -151,10 +151,10 @@ class TritonOperations(Operations):
     def _workspace(self, max_tokens: int, max_query_len: int) -> DecodeWorkspace:
         shape = self.shape
         return DecodeWorkspace.allocate(
+            slot=shape.slot,
             max_tokens=max_tokens,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.slot.head_dim,
             dtype=shape.dtype,
             device=shape.device,
             max_reqs=self.limits.max_reqs,
