@@ -9,11 +9,9 @@ little as it loses on one device; and every rank must have centred its keys as o
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
-import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -51,10 +49,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     ALONE: {},
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
-    "dp2": {},
+    "dp2": {"data_parallel_size": 2},
     "ray": {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
 }
-"""Engine arguments of each; `dp2` is two engines that find each other by vLLM's environment variables."""
+"""Engine arguments of each."""
 
 LARGE = Path(__file__).parents[1] / "models" / "llama-3.1-70b"
 WORKER = isolate.module("vllm_polarquant.eval.bench.parallel_worker")
@@ -62,38 +60,24 @@ WORKER = isolate.module("vllm_polarquant.eval.bench.parallel_worker")
 Arrays = dict[str, np.ndarray]
 
 
-def _ranks(layout: str) -> list[dict[str, str]]:
-    """Environment of each engine of a layout."""
-    if layout != "dp2":
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"VLLM_DP_SIZE": "2", "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
-    return [shared | {"VLLM_DP_RANK": str(rank)} for rank in range(2)]
-
-
 def run(job: dict[str, Any], layout: str, logs: Path, limit_s: float) -> list[Arrays] | str:
     """What each engine of a layout found, or why one of them found nothing, and its log."""
-    children = []
-    found: list[Arrays] = []
     logs.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        for number, variables in enumerate(_ranks(layout)):
-            name = f"{layout}-{job['dtype']}-{number}"
-            own = job | {"engine": job["engine"] | LAYOUTS[layout], "file": f"{folder}/{name}.npz"}
-            variables = variables | {"VLLM_POLARQUANT_LOSSLESS": "1"}
-            log = logs / f"{name}.log"
-            children.append((running.enter_context(isolate.Child(WORKER, own, variables, log)), log))
-        for child, log in children:
+    name = f"{layout}-{job['dtype']}"
+    log = logs / f"{name}.log"
+    with tempfile.TemporaryDirectory() as folder:
+        own = job | {"engine": job["engine"] | LAYOUTS[layout], "files": f"{folder}/{name}"}
+        with isolate.Child(WORKER, own, {"VLLM_POLARQUANT_LOSSLESS": "1"}, log) as child:
             try:
                 report = child.report(limit_s)
             except (TimeoutError, isolate.Ended) as problem:
                 report = {"error": str(problem)}
             if "error" in report:
                 return f"{report['error']} (log: {log})"
-            with np.load(report["file"]) as arrays:
-                found.append(dict(arrays))
+            found = []
+            for file in report["files"]:
+                with np.load(file) as arrays:
+                    found.append(dict(arrays))
     return found
 
 
