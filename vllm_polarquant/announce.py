@@ -146,8 +146,11 @@ def tokens_that_fit(config: Any, ranks: list[tuple[dict[str, Any], int]]) -> int
         config: vLLM's, whose cache_config knows the layout of the cache.
         ranks: of each worker the specs of its layers, by name, and the bytes of its cache.
     """
-    from vllm.v1.core import kv_cache_utils as vllm
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
+    from vllm_polarquant.compat import cache_planning
+
+    vllm = cache_planning()
     config = copy.copy(config)
     config.cache_config = copy.copy(config.cache_config)
     merged = {name: spec for specs, _ in ranks for name, spec in specs.items()}
@@ -161,7 +164,7 @@ def tokens_that_fit(config: Any, ranks: list[tuple[dict[str, Any], int]]) -> int
             for specs, nbytes in ranks
         ]
         least = min(caches, key=lambda cache: cache.num_blocks)
-        return vllm.get_kv_cache_capacity(config, least)[0]
+        return int(get_kv_cache_capacity(config, least)[0])
 
 
 def _block_size(specs: dict[str, Any]) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -175,6 +176,17 @@ def before_scheduler(call: Callable[[Any], None]) -> None:
 
     initialize_from_config.calls_polarquant = True  # type: ignore[attr-defined]
     Executor.initialize_from_config = initialize_from_config
+
+
+def cache_planning() -> ModuleType:
+    """vLLM's module that groups layers and says how many blocks of each group fit."""
+    try:
+        from vllm.v1.core import kv_cache_planning
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils
+
+        return kv_cache_utils
+    return kv_cache_planning
 
 
 def asks_for_ours(config: Any) -> bool:
