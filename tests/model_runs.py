@@ -232,7 +232,8 @@ def row(name: str, result: Result) -> str:
         what = f"refused: {_feature(refused[0])}" if refused else "served, says `check`"
         cells += ["-", "-", "-", "-", what if verdict.get("by_vllm") else f"not built here: {reason}"]
     elif "problem" in ours:
-        cells += [f"{auto['tokens']:,}", "-", "-", "-", f"refused: {_feature(ours['problem'])}"]
+        fit = f"{auto['tokens']:,}" if auto["tokens"] else "-"
+        cells += [fit, "-", "-", "-", f"refused: {_feature(ours['problem'])}"]
     else:
         gaps = parted(lossless, auto) if "completions" in lossless else None
         asked = len(auto["completions"])

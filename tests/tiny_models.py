@@ -325,10 +325,16 @@ MODELS: dict[str, Tiny] = {
             layer_types=_FULL_AND_WINDOWS,
         ),
     ),
-    "granite": Tiny("Granite 3", _of("GraniteForCausalLM", "granite")),
+    "granite": Tiny("Granite 3", _of("GraniteForCausalLM", "granite", attention_multiplier=0.125)),
     "granite-moe": Tiny(
         "Granite 3 MoE",
-        _of("GraniteMoeForCausalLM", "granitemoe", num_local_experts=4, num_experts_per_tok=2),
+        _of(
+            "GraniteMoeForCausalLM",
+            "granitemoe",
+            attention_multiplier=0.125,
+            num_local_experts=4,
+            num_experts_per_tok=4,  # as DBRX's
+        ),
     ),
     "granite-hybrid": Tiny(
         "Granite 4",
@@ -336,6 +342,7 @@ MODELS: dict[str, Tiny] = {
             "GraniteMoeHybridForCausalLM",
             "granitemoehybrid",
             **_MAMBA2,
+            attention_multiplier=0.125,
             layer_types=["mamba", "mamba", "mamba", "attention"],
             num_local_experts=4,
             num_experts_per_tok=2,

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -261,6 +261,29 @@ def _one_rank() -> Iterator[None]:
             parallel_state.destroy_distributed_environment()
 
 
+@contextlib.contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Let layers read numbers from tensors that have none: a few do so on being built."""
+    import torch
+
+    kept = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "tolist")}
+
+    def reading(name: str) -> Callable[..., Any]:
+        def read(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            there = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+            return kept[name](there, *args, **kwargs)
+
+        return read
+
+    for name in kept:
+        setattr(torch.Tensor, name, reading(name))
+    try:
+        yield
+    finally:
+        for name, read in kept.items():
+            setattr(torch.Tensor, name, read)
+
+
 def build(model: str, preset: str, options: Mapping[str, Any]) -> DryRun:
     """Build a model without weights and say what its layers hit.
 
@@ -290,7 +313,7 @@ def build(model: str, preset: str, options: Mapping[str, Any]) -> DryRun:
     with _recording(config) as recorder, set_current_vllm_config(config), _one_rank():
         stopped: Exception | None = None
         try:
-            with set_default_torch_dtype(dtype), torch.device("meta"):
+            with set_default_torch_dtype(dtype), torch.device("meta"), _without_numbers():
                 initialize_model(config)
         except _Stop:
             recorder.by_layer.append((None, recorder.asked))

@@ -147,7 +147,7 @@ SPARSE = Rule(
 ALIBI = Rule(
     "ALiBi",
     "ALiBi biases on the logits",
-    models="BLOOM, MPT, Falcon with `alibi`",
+    models="BLOOM, Falcon with `alibi`",
     layer="alibi_slopes",
     config=_is_alibi,
 )
@@ -171,7 +171,7 @@ ENCODER = Rule(
     "encoder or cross attention",
     "encoder or cross attention ({value})",
     "serve the model without --kv-cache-dtype",
-    models="BERT, T5, Whisper, Llama 3.2 Vision",
+    models="BERT, Whisper",
     layer="attn_type",
     config=lambda text, config: _is_encoder(text, config) or _crosses(text, config),
 )
@@ -201,7 +201,7 @@ NO_LAYER = Rule(
 HEAD_DIM = Rule(
     "head_dim",
     f"head_dim {{value}} (it has {', '.join(map(str, HEAD_DIMS))})",
-    models="models with another head_dim",
+    models="Gemma 4, whose full layers have 512, and models with others",
 )
 DTYPE = Rule(
     "dtype",
@@ -289,20 +289,27 @@ RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule
 """In the order in which they are looked at: what has no way out that keeps the dtype comes first."""
 
 SERVED = (
-    ("decoder attention, with any number of KV heads", "Llama, Qwen2, Qwen3, Mistral, Mixtral, GLM-4, Phi"),
-    ("some layers with a state instead of a cache", "Qwen3-Next, Nemotron-H, Falcon-H1, Granite 4, LFM2"),
+    (
+        "decoder attention, with any number of KV heads",
+        "Llama, Qwen2, Qwen3, Mistral, Mixtral, GLM-4, Phi, Granite 3, OLMo 2, MiniMax-M2, ERNIE 4.5, Hunyuan",
+    ),
+    (
+        "some layers with a state instead of a cache",
+        "Qwen3-Next, Qwen3.5, Nemotron-H, Falcon-H1, Granite 4, LFM2",
+    ),
     ("chunked attention", "Llama 4"),
     (
         "sliding windows",
-        "Gemma 2 and 3, Mistral 7B v0.1, Phi-3, Olmo 3, EXAONE 4, Cohere 2, Qwen2 with `use_sliding_window`",
+        "Gemma 2 and 3, Mistral 7B v0.1, Phi-3, OLMo 3, EXAONE 4, Command A, Step 3.5, Trinity, "
+        "Qwen2 with `use_sliding_window`",
     ),
-    ("soft-capped logits", "Gemma 2, Grok 1"),
+    ("soft-capped logits", "Gemma 2"),
     (
         "attention sinks",
         "gpt-oss, which public reports find sensitive to any quantised key: measure it",
     ),
     ("shared KV layers", "Gemma 3n"),
-    ("several head_dims in a model", "Gemma 4, where all are among those below"),
+    ("several head_dims in a model", "where all are among these:"),
 )
 """What is served, and whose it is."""
 
