@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Completions = list[dict[str, list[Any]]]
@@ -71,3 +72,14 @@ def assert_attention_is_that_of_auto(ways: dict[str, dict[str, Any]], dtype: str
     coded = ways["coded"]
     assert ROUNDING[dtype] / 2 < error(coded, auto) < 0.4
     assert coded["cached tokens"] == auto["cached tokens"]
+
+
+_CENTRED = re.compile(
+    r"keys of (\d+) layers centred by a pass over (\d+) random tokens in ([\d.]+) s: "
+    r"([\d.]+)% of their energy removed; tables ([0-9a-f]{12})(?:; not centred[^:]*: (.*))?"
+)
+
+
+def centring_lines(log: str) -> list[tuple[str, ...]]:
+    """Of every such line: layers, tokens, seconds, percent, tables, and what was not reached."""
+    return _CENTRED.findall(log)

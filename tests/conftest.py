@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,20 +25,47 @@ if not torch.cuda.is_available():
 sys.path.append(str(Path(__file__).parent))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow all cases but the first of each interpreted kernel test, and begin with slow files.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="interpret every case of the kernel tests, not a sample that has each value of each parameter",
+    )
 
-    Each interpreted case takes seconds. A slow file that came last would leave a core idle.
+
+def sample(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Few of a test's cases that together have each value of each of its parameters."""
+    missing = [
+        (item, {(name, repr(value)) for name, value in item.callspec.params.items()}) for item in cases
+    ]
+    chosen = []
+    while missing and (best := max(missing, key=lambda case: len(case[1])))[1]:
+        chosen.append(best[0])
+        missing = [(item, values - best[1]) for item, values in missing if item is not best[0]]
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each interpreted kernel test leave a sample, all but the first case of it slow; slow files begin.
+
+    Each interpreted case takes seconds, and all of them run compiled on a GPU. A slow file that came last
+    would leave a core idle.
     """
-    seen = set()
+    interpreted: dict[Any, list[pytest.Item]] = {}
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("device") == "interpreter":
-            test = (item.path, getattr(item, "originalname", item.name))
-            if test in seen:
-                item.add_marker(pytest.mark.slow)
-            seen.add(test)
+            interpreted.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    left_out = set()
+    for cases in interpreted.values():
+        for item in cases[1:]:
+            item.add_marker(pytest.mark.slow)
+        if not config.getoption("every_case"):
+            left_out |= set(cases) - set(sample(cases))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -71,9 +71,13 @@ def run(scenario: str, *arguments: Any, script: str = __file__, **env: str) -> d
 
 def main(scenarios: Iterable[Callable[..., dict[str, Any]]]) -> None:
     """Of a script that `run` starts."""
+    from vllm_polarquant.dry_run import inspecting_here
+
     scenario, arguments, out = sys.argv[1:]
     (chosen,) = (each for each in scenarios if each.__name__ == scenario)
-    Path(out).write_text(json.dumps(chosen(*json.loads(arguments))))
+    with inspecting_here():
+        found = chosen(*json.loads(arguments))
+    Path(out).write_text(json.dumps(found))
 
 
 def text_prompts(count: int, chars: int) -> list[str]:
@@ -428,7 +432,7 @@ def _difference(have: dict[str, Any], want: dict[str, Any]) -> float:
 
 
 def centred() -> dict[str, Any]:
-    """Engines that start twice, with small batches and contexts, two at once, and with the switch off."""
+    """Engines with small batches and contexts, two at once, and with the switch off."""
     from vllm_polarquant.startup import OFF
 
     found: dict[str, Any] = {}
@@ -436,7 +440,6 @@ def centred() -> dict[str, Any]:
     options: dict[str, Any] = {"max_num_batched_tokens": 512}
     for name, more in (
         ("first", {}),
-        ("second", {}),
         ("chunks", {"max_num_batched_tokens": 96}),
         ("short", {"max_model_len": 100}),
     ):

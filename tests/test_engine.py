@@ -14,6 +14,7 @@ from answers import (
     NEAR_TIE,
     assert_attention_is_that_of_auto,
     assert_same_greedy_tokens,
+    centring_lines,
     first_difference,
     share_right,
 )
@@ -145,6 +146,12 @@ def test_speculation_changes_no_greedy_token(speculation: dict[str, Any], method
     assert_same_greedy_tokens(found["completions"], speculation["none"]["completions"], ties=1)
 
 
+def test_a_draft_model_is_centred_with_its_target(speculation: dict[str, Any]) -> None:
+    plain, _, draft = centring_lines(speculation["log"])
+    assert (plain[0], draft[0]) == ("5", "10")
+    assert not draft[5]
+
+
 @pytest.fixture(scope="module")
 def attentions() -> dict[str, Any]:
     return run("attentions", engine_runs.ATTENTIONS_ON_CPU, VLLM_POLARQUANT_LOSSLESS="1")
@@ -187,7 +194,7 @@ def test_other_dtypes_do_not_notice_the_plugin() -> None:
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers want two cores")
-def test_two_tensor_parallel_workers_answer() -> None:
+def test_two_tensor_parallel_workers_answer_and_write_one_line() -> None:
     found = run(
         "tensor_parallel",
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
@@ -196,3 +203,5 @@ def test_two_tensor_parallel_workers_answer() -> None:
     assert share_right(found) >= 0.95
     # Each worker has one of the two kv heads.
     assert "660 bytes a token, " in found["log"]
+    (line,) = centring_lines(found["log"])
+    assert line[:2] == ("5", "512")
