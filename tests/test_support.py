@@ -306,6 +306,10 @@ SERVED: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
         },
         (4, 4, 0),
     ),
+    "Apertus, whose layers read numbers on being built": (
+        LLAMA | {"architectures": ["ApertusForCausalLM"], "model_type": "apertus", "hidden_act": "xielu"},
+        (4, 4, 0),
+    ),
     "MiniMax M2": (
         LLAMA
         | {
@@ -456,6 +460,19 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             "dtype": "bfloat16",
         },
         ["no layer takes the dtype"],
+        [],
+    ),
+    "BLOOM": (
+        {
+            "architectures": ["BloomForCausalLM"],
+            "model_type": "bloom",
+            "hidden_size": 256,
+            "n_head": 4,
+            "n_layer": 2,
+            "vocab_size": 128,
+            "dtype": "bfloat16",
+        },
+        ["ALiBi"],
         [],
     ),
     "an encoder": (

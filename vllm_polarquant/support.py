@@ -291,7 +291,8 @@ RULES = tuple(rule for rule in list(globals().values()) if isinstance(rule, Rule
 SERVED = (
     (
         "decoder attention, with any number of KV heads",
-        "Llama, Qwen2, Qwen3, Mistral, Mixtral, GLM-4, Phi, Granite 3, OLMo 2, MiniMax-M2, ERNIE 4.5, Hunyuan",
+        "Llama, Qwen2, Qwen3, Mistral, Mixtral, GLM-4, Phi, Granite 3, OLMo 2, MiniMax-M2, ERNIE 4.5, "
+        "Hunyuan",
     ),
     (
         "some layers with a state instead of a cache",
