@@ -41,6 +41,7 @@ from vllm_polarquant.kernels.triton import page_io, store
 from vllm_polarquant.kernels.triton.constants import page_constants
 from vllm_polarquant.kernels.triton.decode import DecodeWorkspace, decode_attention, make_schedule
 from vllm_polarquant.kernels.triton.gather import gather_prefix
+from vllm_polarquant.kernels.triton.lanes import bonus_bytes, exchange_bytes, words_bytes
 from vllm_polarquant.kernels.triton.launch import Gpu
 from vllm_polarquant.kernels.triton.page_io import lane_order
 from vllm_polarquant.kernels.triton.prefill import merge_prefix
@@ -566,6 +567,43 @@ def test_decode_of_every_kind_and_format(preset, head_dim, block_size, dtype, ce
     check_kind(batch, 2)
 
 
+def check_rows(preset, head_dim, queries, group, length, device, num_sms=8):
+    """With all there is besides, fewer tokens than queries, an empty request, and splits to merge."""
+    attention = attention_of("all", head_dim, 2 * group, device)
+    batch = make_batch(
+        page_for(preset, head_dim),
+        [length, max(1, queries - 2), 0, 50],
+        [queries, queries, 1, 1],
+        torch.float16,
+        device,
+        2,
+        group,
+        centred=True,
+        attention=attention,
+    )
+    check_kind(batch, queries, num_sms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize(
+    ("queries", "group"), [(1, 4), (5, 1), (2, 4), (5, 3), (4, 4), (16, 1), (7, 4), (4, 8), (16, 8)]
+)
+@pytest.mark.parametrize(
+    ("preset", "head_dim"), [(p, 128) for p in ALL_PRESETS] + [(K4V4, d) for d in HEAD_DIMS if d != 128]
+)
+def test_decode_of_every_number_of_rows(preset, head_dim, queries, group, device):
+    """4, 8, 16 or 32 rows a program, all or some of them used, and more rows than a program takes."""
+    check_rows(preset, head_dim, queries, group, 700, device)
+
+
+@pytest.mark.parametrize(
+    ("preset", "queries", "group"), [(K4V4, 7, 4), (LOSSLESS, 5, 3), ("polarquant_k2v2", 8, 1)]
+)
+def test_decode_of_several_tiles_of_rows(preset, queries, group, device):
+    check_rows(preset, 64, queries, group, 60, device, num_sms=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("window", "queries"), [(1, 4), (2, 16), (129, 9), (5000, 4)])
 def test_decode_of_windows_of_any_size(window, queries, device):
@@ -684,6 +722,31 @@ def test_merge_weighs_by_log_sum_exp(head_dim, device):
     merge_prefix(out, lse, prefix, prefix_lse, tables(page.slot, out.dtype, device))
     torch.testing.assert_close(out.double(), want, rtol=2**-10, atol=1e-5)
     torch.testing.assert_close(lse, total[..., 0].T.float())
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("copies", [16, 32])
+def test_shared_memory_of_decode_can_be_had_by_a_launch(preset, head_dim, copies):
+    """Static memory is 48 KB, less what Triton takes for rows to be merged where it asks for no more."""
+    gpu = replace(Gpu.of(torch.device("cpu")), shared_bytes=(228 if copies == 32 else 100) << 10)
+    assert gpu.table_copies == copies
+    page = page_for(preset, head_dim)
+    constants = page_constants(page)
+    for sets in (1, 2, 4, 8):
+        if sets > launches.config("decode", page.slot, gpu)["max_sets"]:
+            continue
+        chosen = launches.DecodeLaunch.of(page.slot, sets, gpu)
+        layout = launches.table_layout(constants.keys.code, constants.values.code, copies, sets)
+        static, dynamic = layout[2:]
+        if not dynamic:
+            registers = launches.registers_of_output(head_dim, chosen.warps)
+            static = max(static, exchange_bytes(registers, chosen.warps))
+        static += words_bytes(chosen.shared_tiles, head_dim // 8) + bonus_bytes(chosen.warps, sets)
+        merged = 4 * sets * 2 * constants.half_pad * 4
+        assert static + (0 if dynamic else merged) <= 48 << 10
+        assert dynamic == 0 or dynamic > 48 << 10
+        assert not chosen.joined or sets > 1
 
 
 def test_a_workspace_fits_every_batch_and_stays_small():

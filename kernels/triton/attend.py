@@ -112,16 +112,17 @@ def _scores(
     query,
     lane,
     key_lut,
-    TILES: tl.constexpr,
+    SETS: tl.constexpr,
     SHARED: tl.constexpr,
     PAGE: tl.constexpr,
     COPIES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Products of 16 keys with TILES tiles of queries, as `mma` has them, a tuple for each tile."""
+    """Products of 16 keys with the tiles of queries, two sets a tile, as `mma` has them, a tuple for each."""
+    TILES: tl.constexpr = (SETS + 1) // 2
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
     PAIRS: tl.constexpr = PAGE.head_dim // 8
     IN_REGISTERS: tl.constexpr = len(query[0]) // PAIRS
     # A product waits for the one before it, so there are at least two sums.
@@ -202,7 +203,7 @@ def _attend(
     keys, values, stored = fetched
     radius = radii(stored)
     key_token = token + lane // 4
-    products = _scores(keys, query, lane, key_lut, (SETS + 1) // 2, SHARED, PAGE, COPIES, DTYPE)
+    products = _scores(keys, query, lane, key_lut, SETS, SHARED, PAGE, COPIES, DTYPE)
     key_scales = (radius[0] * scale_log2, radius[2] * scale_log2)
 
     # Of each set, of tokens g and g + 8.
@@ -298,6 +299,7 @@ def _value_points(
     lane,
     TOKEN: tl.constexpr,
     PAIR: tl.constexpr,
+    SETS: tl.constexpr,
     MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
     PAGE: tl.constexpr,
@@ -307,12 +309,12 @@ def _value_points(
     """Pair PAIR of a lane's TOKEN-th value; `token`, `limits` and `spans` as of `_attend`."""
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
     both = point(values, before, TOKEN, PAIR, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE)
     if MASKED and VALUES.code == RAW:
         # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
         own_token = token + 2 * (lane % 4) + (TOKEN // 2 * 8 + TOKEN % 2)
-        both = tl.where(_inside(own_token, limits[len(limits) - 1], spans[1], BOUNDED), both, 0)
+        both = tl.where(_inside(own_token, limits[SETS], spans[1], BOUNDED), both, 0)
     return both
 
 
@@ -362,6 +364,7 @@ def _add_spread(
                     lane,
                     2 * half + i % 2,
                     i // 2,
+                    SETS,
                     MASKED,
                     BOUNDED,
                     PAGE,
@@ -425,6 +428,7 @@ def _add_joined(
                     lane,
                     token_of_pair % 4,
                     2 * i + token_of_pair // 4,
+                    SETS,
                     MASKED,
                     BOUNDED,
                     PAGE,

@@ -140,10 +140,12 @@ class DecodeWorkspace:
 
 
 @triton.jit
-def _fill_tables(thread, key_lut, value_lut, PAGE: tl.constexpr, COPIES: tl.constexpr):
+def _fill_tables(
+    thread, key_lut, value_lut, PAGE: tl.constexpr, COPIES: tl.constexpr, SETS: tl.constexpr
+):  # fmt: skip
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
     fill_table(thread, key_lut, PLACES[0], table_entries(KEYS.code), COPIES)
     if VALUES.code != KEYS.code:
         fill_table(thread, value_lut, PLACES[1], table_entries(VALUES.code), COPIES)
@@ -201,7 +203,7 @@ def _decode_kernel(
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     ROWS: tl.constexpr = 4 * SETS
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
     STATIC_BYTES: tl.constexpr = PLACES[2]
     DYNAMIC_BYTES: tl.constexpr = PLACES[3]
     EXCHANGE: tl.constexpr = exchange_bytes(registers_of_output(PAGE.head_dim, WARPS), WARPS)
@@ -222,7 +224,7 @@ def _decode_kernel(
     columns = tl.num_programs(1) * tl.num_programs(0)
     first_row = row_block * ROWS
     own_factors = query_factors + kv_head * query_factors_stride
-    _fill_tables(thread, key_lut, value_lut, PAGE, COPIES)
+    _fill_tables(thread, key_lut, value_lut, PAGE, COPIES, SETS)
     for remaining in tl.range(count_items, 0, -1):
         request = tl.load(record)
         begin = tl.load(record + 1)
@@ -287,7 +289,7 @@ def _decode_kernel(
         if remaining > 1:
             # What was exchanged lies where the tables go.
             tl.debug_barrier()
-            _fill_tables(recomputed(thread), key_lut, value_lut, PAGE, COPIES)
+            _fill_tables(recomputed(thread), key_lut, value_lut, PAGE, COPIES, SETS)
         record = following
         following += ITEM_WORDS
 

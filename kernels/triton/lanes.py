@@ -140,6 +140,28 @@ def store_words(pointers, words, kept, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def store_half(pointers, value, kept):
+    """Store value, float32, rounded to nearest even, where each thread's pointer to a 16-bit float points.
+
+    kept: of which threads.
+    """
+    DTYPE: tl.constexpr = pointers.dtype.element_ty
+    word = pack_halves(value, value, DTYPE)
+    if _INTERPRET:
+        tl.store(pointers.to(tl.pointer_type(tl.uint16)), word.to(tl.uint16), mask=kept)
+    else:
+        tl.inline_asm_elementwise(
+            "{.reg .pred kept;\n.reg .b16 half;\nsetp.ne.b32 kept, $2, 0;\ncvt.u16.u32 half, $3;\n"
+            "@kept st.global.b16 [$1], half;\nmov.u32 $0, 0;\n}",
+            "=r,l,r,r",
+            [pointers.to(tl.int64), kept.to(tl.int32), word],
+            dtype=tl.uint32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def shuffle_xor(x, MASK: tl.constexpr):
     """x, float32, of the lane whose number differs in the bits of MASK."""
     if _INTERPRET:
@@ -219,9 +241,10 @@ def follow_maximum(outs, totals, peaks, tops, MARGIN: tl.constexpr):
 
     outs: for each set of queries, one a place, as many tuples of four float32, outputs of the lane's query.
     totals, peaks, for each set: float32, the sum of weights that this lane has seen, and the maximum, in
-    powers of two, that they are relative to, the same for the query's eight lanes. tops, likewise: the largest
-    logit that this lane has now seen. Returns the first three. Nothing changes while no logit of the warp is
-    2**MARGIN times above its query's maximum; so weights may be that large (FlashAttention 4 does so).
+    powers of two, that they are relative to, the same for the query's eight lanes. tops, likewise: the
+    largest logit that this lane has now seen. Returns the first three. Nothing changes while no logit of the
+    warp is 2**MARGIN times above its query's maximum; so weights may be that large (FlashAttention 4 does
+    so).
     """
     SETS: tl.constexpr = len(peaks)
     COUNT: tl.constexpr = 4 * len(outs) // SETS

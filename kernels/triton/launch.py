@@ -23,7 +23,8 @@ from vllm_polarquant.kernels.triton.lanes import DYNAMIC, bonus_bytes, exchange_
 Config = dict[str, int]
 
 _STATIC_TABLES = 40 << 10
-"""Bytes of tables that lie in static shared memory; of more, the keys' table goes to dynamic memory."""
+"""Bytes of tables that lie in static shared memory, beside what one or two sets need; of more, the keys'
+table goes to dynamic memory."""
 
 _ALL_COPIES = 160 << 10
 """Shared memory of an SM from which on each lane has its own copy of a table; else two lanes share."""
@@ -96,17 +97,18 @@ def resolve(op: str, slot: Slot, *sources: dict[str, dict[str, Config]]) -> Conf
 
 
 @triton.constexpr_function
-def table_layout(key_code, value_code, copies):
+def table_layout(key_code, value_code, copies, sets):
     """Where decode's tables lie in shared memory: the keys', the values', static and dynamic bytes.
 
-    Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory. Its
-    launcher asks the driver for more only where the dynamic part alone is more than that.
+    Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory: up
+    to 16 KB where a program has eight sets. Its launcher asks the driver for more only where the dynamic part
+    alone is more than that.
     """
     keys, values = (table_entries(code) * copies * 4 for code in (key_code, value_code))
     if value_code == key_code:
         values = 0
     first = 0 if value_code == key_code else keys
-    if keys + values <= _STATIC_TABLES:
+    if keys + values <= (_STATIC_TABLES if sets <= 2 else 0):
         return 0, first, keys + values, 0
     if keys + values <= 64 << 10:
         return DYNAMIC.value, DYNAMIC.value + first, 0, 64 << 10
@@ -143,8 +145,8 @@ class DecodeLaunch:
     """Launch parameters of decode attention.
 
     warps: of a program. registers: that a thread may have. shared_tiles: tiles of eight queries whose
-    operands lie in shared memory instead of registers. joined: whether values are multiplied over tokens or
-    over (token, coordinate). programs_per_sm: that an SM runs at once.
+    operands lie in shared memory instead of registers. joined: whether values are multiplied over tokens, of
+    two sets at once, or over (token, coordinate). programs_per_sm: that an SM runs at once.
     """
 
     warps: int
@@ -159,12 +161,12 @@ class DecodeLaunch:
         """sets: of RowTiles."""
         chosen = config(f"decode_{4 * sets}", slot, gpu)
         warps, registers, shared_tiles = (chosen[name] for name in ("num_warps", "maxnreg", "shared_tiles"))
-        *_, static, dynamic = table_layout(vector_code(slot.key), vector_code(slot.value), gpu.table_copies)
+        codes = vector_code(slot.key), vector_code(slot.value)
+        *_, static, dynamic = table_layout(*codes, gpu.table_copies, sets)
         if not dynamic:
             static = max(static, exchange_bytes(registers_of_output(slot.head_dim, warps), warps))
         static += words_bytes(shared_tiles, slot.head_dim // 8) + bonus_bytes(warps, sets)
         # CUDA keeps 1 KB of shared memory a program.
         fit = min(_REGISTERS // (32 * warps * registers), gpu.shared_bytes // (static + dynamic + 1024))
-        return cls(
-            warps, registers, shared_tiles, bool(chosen["joined"]), min(max(1, fit), MAX_PROGRAMS_PER_SM)
-        )
+        joined = sets > 1 and bool(chosen["joined"])
+        return cls(warps, registers, shared_tiles, joined, min(max(1, fit), MAX_PROGRAMS_PER_SM))

@@ -11,7 +11,10 @@ from vllm_polarquant.kernels.triton.attend import LOG2_E, load_factors, row_inde
 from vllm_polarquant.kernels.triton.lanes import (
     DYNAMIC,
     hadamard,
+    load_words,
     of_all_warps,
+    store_half,
+    store_words,
     sum_over_groups,
     sum_over_warps,
 )
@@ -33,7 +36,14 @@ def partial_row(program, begins, column, columns, ROWS: tl.constexpr):
 @triton.jit
 def sinks_of(sinks, row, kv_head, GROUP: tl.constexpr):
     """The sinks of a request's rows, float32, as powers of two."""
-    return tl.load(sinks + kv_head * GROUP + row % GROUP) * LOG2_E
+    words = load_words(sinks + kv_head * GROUP + row % GROUP, 1, 4)
+    return words[0].to(tl.float32, bitcast=True) * LOG2_E
+
+
+@triton.jit
+def _store_float(pointers, value, kept):
+    # As for loads, Triton takes seconds to look for a layout for each tl.store.
+    store_words(pointers, (value.to(tl.uint32, bitcast=True),), kept, 4)
 
 
 @triton.jit
@@ -71,12 +81,12 @@ def write(
     VALUES: tl.constexpr = PAGE.values
     HEAD_DIM: tl.constexpr = PAGE.head_dim
     HALF: tl.constexpr = HEAD_DIM // 2
-    DTYPE: tl.constexpr = out.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
     TILES: tl.constexpr = (HALF + 15) // 16
     REGISTERS: tl.constexpr = registers_of_output(HEAD_DIM, WARPS)
     # After the last look-up, warps exchange results where a table was.
-    EXCHANGE_FIRST: tl.constexpr = DYNAMIC if table_layout(KEYS.code, VALUES.code, COPIES)[3] > 0 else 0
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    EXCHANGE_FIRST: tl.constexpr = DYNAMIC if PLACES[3] > 0 else 0
     zero = tl.zeros([WARPS * 32], tl.float32)
     lane = thread % 32
     warp = thread // 32
@@ -135,14 +145,14 @@ def write(
             own_kept = (own < rows) & (inner < PAIRS)
             if whole:
                 own_out = out + own_token * out_stride_token + own_head * out_stride_head
-                tl.store(own_out + own_dim, sums[i].to(DTYPE), mask=own_kept)
+                store_half(own_out + own_dim, sums[i], own_kept)
             else:
-                tl.store(partial_out + split * HEAD_DIM + own_dim, sums[i], mask=own_kept)
+                _store_float(partial_out + split * HEAD_DIM + own_dim, sums[i], own_kept)
         if not whole:
-            tl.store(partial_lse + split, own_lse, mask=thread < 4)
+            _store_float(partial_lse + split, own_lse, thread < 4)
         elif lse is not None:
             target = lse + own_head * lse_stride_head + own_token * lse_stride_token
-            tl.store(target, own_lse * _LN_2, mask=(thread < 4) & (own < rows))
+            _store_float(target, own_lse * _LN_2, (thread < 4) & (own < rows))
 
 
 @triton.jit
