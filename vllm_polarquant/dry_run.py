@@ -244,7 +244,7 @@ def _first_line(problem: BaseException) -> str:
     # pydantic's errors begin with a count.
     useful = [line for line in lines if not re.search(r"validation errors? for \w+$", line)]
     line = (useful or [type(problem).__name__])[0].removeprefix("Value error, ")
-    return line.split(" [type=")[0].split(". Please ")[0].rstrip(".:")
+    return re.split(r" \[type=|\. (?:Please|To) ", line)[0].rstrip(".:")
 
 
 @contextlib.contextmanager
