@@ -578,7 +578,7 @@ def check_rows(preset, head_dim, queries, group, length, device, num_sms=8):
         device,
         2,
         group,
-        centred=True,
+        centred=preset != LOSSLESS,
         attention=attention,
     )
     check_kind(batch, queries, num_sms)
