@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -102,12 +102,12 @@ def check(executor: Any) -> None:
         )
 
 
-def announce(executor: Any) -> None:
+def announce(config: Any, ranks: Sequence[Rank]) -> None:
     """Log the line of an engine whose workers have their caches."""
-    logger.info("%s", line(executor.vllm_config, executor.collective_rpc(of_worker)))
+    logger.info("%s", line(config, ranks))
 
 
-def line(config: Any, ranks: list[Rank]) -> str:
+def line(config: Any, ranks: Sequence[Rank]) -> str:
     """Dtype, bytes, tokens that fit, how many times those of `auto` they are, which layers are which."""
     layers = _joined(rank.layers for rank in ranks)
     mine = [layer for layer in layers.values() if layer.kind == "quantised"]
@@ -133,7 +133,7 @@ def line(config: Any, ranks: list[Rank]) -> str:
     )
 
 
-def auto_tokens(config: Any, ranks: list[Rank]) -> int:
+def auto_tokens(config: Any, ranks: Sequence[Rank]) -> int:
     """Tokens that would fit in the same memory with `auto`, as vLLM would say at start-up."""
     specs = [(rank.auto, rank.nbytes) for rank in ranks if rank.auto]
     return tokens_that_fit(as_dtype(config, "auto"), specs)

@@ -82,10 +82,12 @@ def _name(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def publish(executor: Any) -> None:
-    """Put the identity of an engine's pages into its metrics and into the keys of what it offloads."""
-    config = executor.vllm_config
-    identity = joined(executor.collective_rpc(of_worker))
+def publish(config: Any, ranks: Iterable[Identity | None]) -> None:
+    """Put the identity of an engine's pages into its metrics and into the keys of what it offloads.
+
+    config: the engine core's VllmConfig; ranks: of its workers.
+    """
+    identity = joined(ranks)
     if identity is None:
         return
     for label, value in identity.labels().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from vllm_polarquant import compat
 from vllm_polarquant.format import LOSSLESS, PRESETS
@@ -53,8 +54,16 @@ def _check(executor: object) -> None:
     announce.check(executor)
 
 
-def _publish(executor: object) -> None:
+def _publish(executor: Any) -> None:
     from vllm_polarquant import announce, identity
 
-    identity.publish(executor)
-    announce.announce(executor)
+    config = executor.vllm_config
+    identities, ranks = zip(*executor.collective_rpc(_of_worker), strict=True)
+    identity.publish(config, identities)
+    announce.announce(config, ranks)
+
+
+def _of_worker(worker: object) -> tuple[object, object]:
+    from vllm_polarquant import announce, identity
+
+    return identity.of_worker(worker), announce.of_worker(worker)
