@@ -587,10 +587,10 @@ def check_rows(preset, head_dim, queries, group, length, device, num_sms=8):
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize(
-    ("queries", "group"), [(1, 4), (5, 1), (2, 4), (5, 3), (4, 4), (16, 1), (7, 4), (4, 8), (16, 8)]
-)
-@pytest.mark.parametrize(
-    ("preset", "head_dim"), [(p, 128) for p in ALL_PRESETS] + [(K4V4, d) for d in HEAD_DIMS if d != 128]
+    ("preset", "head_dim", "queries", "group"),
+    [(p, 128, queries, 4) for p in ALL_PRESETS for queries in (1, 2, 4, 7)]
+    + [(K4V4, d, queries, 4) for d in HEAD_DIMS if d != 128 for queries in (1, 2, 4, 7)]
+    + [(K4V4, 128, *rows) for rows in ((5, 1), (5, 3), (16, 1), (4, 8), (16, 8))],
 )
 def test_decode_of_every_number_of_rows(preset, head_dim, queries, group, device):
     """4, 8, 16 or 32 rows a program, all or some of them used, and more rows than a program takes."""
