@@ -37,6 +37,12 @@ LEAST_TOKENS = 16
 
 _QUERIES_AT_ONCE = 64
 
+_BYTES = 256
+"""Tokens of lower ids are single bytes and the like, not the most frequent ones."""
+
+_RUN, _REPEATED = 8, 0.1
+"""Length of a run of tokens that comes back, and how likely one is to do so where a token is drawn."""
+
 
 def needs_pass(config: VllmConfig) -> bool:
     """Whether any layer's keys are to be centred; the same on all ranks of an engine."""
@@ -258,7 +264,11 @@ def _restore_on_wake_up(worker: Any, impls: list[Any]) -> None:
 
 
 def token_ids(config: VllmConfig, count: int) -> list[int]:
-    """Random tokens that stand for text, after the model's BOS if it has one; the same ones every time."""
+    """Random tokens that stand for text, after the model's BOS if it has one; the same ones every time.
+
+    Keys are the more like a text's, the more its tokens are: frequent ones have low ids, as tokenizers are
+    built from the most frequent on, and what was said comes back.
+    """
     vocabulary = config.model_config.get_vocab_size()
     hf_config = config.model_config.hf_config
     texts = config.model_config.hf_text_config
@@ -267,17 +277,23 @@ def token_ids(config: VllmConfig, count: int) -> list[int]:
         for name, value in values.items():
             if name.endswith(("_token_id", "_token_index")):
                 special.update(value if isinstance(value, list) else [value])
+    # Placeholders of images and the like are none of a text's.
+    usable = [token for token in range(vocabulary) if token not in special] or list(range(vocabulary))
+    first = max(1, min(_BYTES, len(usable) // 4))
     rng = random.Random("polarquant keys")
     ids: list[int] = []
     bos = getattr(texts, "bos_token_id", None)
     if isinstance(bos, int) and 0 <= bos < vocabulary:
         ids.append(bos)
     while len(ids) < count:
-        token = rng.randrange(vocabulary)
-        # Placeholders of images and the like are none of a text's.
-        if token not in special or len(special) >= vocabulary:
-            ids.append(token)
-    return ids
+        if len(ids) > 2 * _RUN and rng.random() < _REPEATED:
+            start = rng.randrange(1, len(ids) - _RUN)
+            ids += ids[start : start + _RUN]
+        else:
+            # Log-uniform, as words' frequencies fall with their rank.
+            at = int(first * (len(usable) / first) ** rng.random())
+            ids.append(usable[min(at, len(usable) - 1)])
+    return ids[:count]
 
 
 class _Ropes:
