@@ -170,7 +170,9 @@ def _counters(llm: Any) -> dict[str, int]:
     }
 
 
-def soak(dtype: str, count: int, seed: int, options: dict[str, Any]) -> dict[str, Any]:
+def soak(
+    dtype: str, count: int, seed: int, options: dict[str, Any], near: float | None = None
+) -> dict[str, Any]:
     """Serve and compare; counts of what happened, and a line for everything that is wrong."""
     settings = {
         "dtype": "float16",
@@ -193,7 +195,8 @@ def soak(dtype: str, count: int, seed: int, options: dict[str, Any]) -> dict[str
         counted = _counters(llm)
         wrong = [] if llm.reset_prefix_cache() else ["blocks are still in use after the last request"]
         compared = [(one, alone(llm, one)) for one in asked if one.greedy and one.tokens]
-    near = CODED_NEAR_TIE if dtype in PRESETS else NEAR_TIE
+    if near is None:
+        near = CODED_NEAR_TIE if dtype in PRESETS else NEAR_TIE
     wrong += [
         f"request {one.name}: {why}" for one, again in compared if (why := difference(one, again, near))
     ]
@@ -222,6 +225,9 @@ def main(
     options: Annotated[
         str, typer.Option("--engine", help="More of vLLM's EngineArgs, a JSON object.")
     ] = "{}",
+    near: Annotated[
+        float | None, typer.Option(help="Logprobs nearer than this count as the same.", min=0)
+    ] = None,
 ) -> None:
     """Print what happened as JSON; exits with 1 if an answer is another than alone."""
     end_on_sigterm(COMMAND)
@@ -232,7 +238,7 @@ def main(
         fail(COMMAND, problem)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     use_in_process_engine()
-    found = soak(kv_cache_dtype, count, seed, more)
+    found = soak(kv_cache_dtype, count, seed, more, near)
     typer.echo(json.dumps(found, indent=1))
     if found["wrong"]:
         raise typer.Exit(FAILED)

@@ -153,7 +153,9 @@ def lossless() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dtype in ("auto", "polarquant_lossless"):
         mine = found[dtype] = {}
-        with _engine(dtype, **EXACT, num_gpu_blocks_override=160, max_num_batched_tokens=192) as llm:
+        with _engine(
+            dtype, **EXACT, num_gpu_blocks_override=160, block_size=128, max_num_batched_tokens=192
+        ) as llm:
             mine["chunked"] = _completions(_generate(llm, greedy, max_tokens=48))
             again = _generate(llm, greedy, max_tokens=48)
             mine["cached"] = _completions(again)
@@ -255,7 +257,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "exaone4": {},
     "gemma3": {},
     # Without experts, whose kernels not every build of vLLM has.
-    "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 44},
+    "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 48},
     "granite": {
         "hf_overrides": {
             "attention_multiplier": 0.125,
@@ -273,9 +275,12 @@ ATTENTIONS_ON_CPU = ["gpt-oss", "gemma2", "gemma3n", "exaone4"]
 
 
 def dtype_of(model: str) -> str:
-    """Of a model of ATTENTIONS."""
+    """Of a model of ATTENTIONS; FlashAttention takes sinks beside bfloat16 alone."""
     import tiny_models
+    import torch
 
+    if torch.cuda.is_available() and model in ("gpt-oss", "granite"):
+        return "bfloat16"
     return ATTENTIONS[model].get("dtype") or tiny_models.MODELS[model].dtype
 
 
