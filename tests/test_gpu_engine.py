@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 CODED = 1.0
-"""A GPU adds up otherwise in every batch, and what differs in the last bit may be stored as another code: with
-4 bits that moved the probe's logprobs by up to .47 on an H200."""
+"""A GPU adds up otherwise in every batch, and what differs in the last bit may be stored as another code:
+with 4 bits that moved the probe's logprobs by up to .47 on an H200."""
 
 LOSSLESS_SWITCH = {"VLLM_POLARQUANT_LOSSLESS": "1"}
 run = functools.partial(
