@@ -391,7 +391,7 @@ def test_a_missing_vllm_is_called_not_installed() -> None:
 @pytest.mark.slow
 def test_a_cell_that_takes_too_long_costs_only_itself() -> None:
     endless = replace(TINY["decode"], batch=1, context=16384)
-    short = replace(TINY["prefix"], context=16, tokens=1)
+    short = TINY["store"]
     todo = [(short, K4V4), (endless, K4V4), (short, "auto"), (short, K4V4)]
     found = list(kernels.measure(todo, "cpu", budget_ms=1, limit_s=20))
     assert [kind for kind, *_ in found] == ["limits", *["cell"] * 4]

@@ -619,6 +619,7 @@ def test_help_names_both_forms() -> None:
         "local",
         "long",
         "quick",
+        "real",
         "reasoning",
         "standard",
         "text",

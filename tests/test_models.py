@@ -20,15 +20,15 @@ from model_runs import LOSSLESS, PRESET, announced, figures, parted
 
 RESULTS = os.environ.get("MODELS")
 USUAL = [
-    *("llama-skips", "gemma2", "llama4", "falcon-h1", "gpt-oss", "qwen3"),
-    *("llama-skips-all", "llama-head-160", "deepseek-v2", "mimo-v2", "bloom", "bert"),
+    *("llama-skips", "gemma2", "llama4", "falcon-h1"),
+    *("llama-skips-all", "deepseek-v2", "mimo-v2", "bloom"),
 ]
 """Those that are refused cost an engine at most, the others three."""
 NAMES = list(json.loads(Path(RESULTS).read_text())) if RESULTS else USUAL
 NEAR_TIE = {"float16": 0.04, "bfloat16": 0.15}
 """Logits are of the model's dtype; these are a few steps of theirs."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

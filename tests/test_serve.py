@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         assert process.poll() is None, server.log.read_text()[-4000:]
         try:
             with urllib.request.urlopen(f"{server.url}/health", timeout=1) as answer:
