@@ -227,25 +227,29 @@ def hard_keys() -> dict[str, Any]:
 
 
 def speculation() -> dict[str, Any]:
-    """Greedy tokens without speculation, with n-grams and with the probe as its own draft."""
+    """Greedy tokens with and without speculation: n-grams on 16-bit pages, the probe's own drafts on codes.
+
+    Verification adds up in other orders than single steps do, and what differs in the last bit may be stored
+    as another code: only 16-bit pages can be asked for the very same tokens.
+    """
     prompts = text_prompts(4, 1500) + [prompt for prompt, _ in questions(1000, 3)]
-    methods: dict[str, dict[str, Any] | None] = {
-        "none": None,
-        "ngram": {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2},
-        "draft": {"method": "draft_model", "model": MODEL},
-    }
+    ngram = {"method": "ngram", "prompt_lookup_max": 4, "prompt_lookup_min": 2, "num_speculative_tokens": 3}
+    draft = {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 3}
     # What a chunk reads of earlier chunks is quantised, and a draft model takes from each batch's tokens:
     # with smaller batches the prompts would be cut, and so quantised, elsewhere.
     one_chunk = {"max_num_batched_tokens": 16384}
     found: dict[str, Any] = {}
-    for name, config in methods.items():
-        config = config and config | {"num_speculative_tokens": 3}
-        with _engine("polarquant_k4v4", **EXACT, **one_chunk, speculative_config=config) as llm:
-            found[name] = {
-                "completions": _completions(_generate(llm, prompts, max_tokens=40)),
-                "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
-                "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
-            }
+    for name, dtype, config in (
+        ("ngram", "polarquant_lossless", ngram),
+        ("draft", "polarquant_k4v4", draft),
+    ):
+        for way, chosen in (("without", None), ("with", config)):
+            with _engine(dtype, **EXACT, **one_chunk, speculative_config=chosen) as llm:
+                found.setdefault(name, {})[way] = {
+                    "completions": _completions(_generate(llm, prompts, max_tokens=40)),
+                    "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
+                    "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
+                }
     return found
 
 

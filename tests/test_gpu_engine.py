@@ -16,7 +16,7 @@ import engine_runs
 import pytest
 import tiny_models
 import torch
-from answers import NEAR_TIE, assert_attention_is_that_of_auto, assert_same_greedy_tokens, share_right
+from answers import CODED, NEAR_TIE, assert_attention_is_that_of_auto, assert_same_greedy_tokens, share_right
 from engine_runs import child_env
 
 pytestmark = [
@@ -24,10 +24,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-
-CODED = 1.0
-"""A GPU adds up otherwise in every batch, and what differs in the last bit may be stored as another code:
-with 4 bits that moved the probe's logprobs by up to .47 on an H200."""
 
 LOSSLESS_SWITCH = {"VLLM_POLARQUANT_LOSSLESS": "1"}
 run = functools.partial(
