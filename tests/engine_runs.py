@@ -281,7 +281,6 @@ ATTENTIONS_ON_CPU = ["gpt-oss", "gemma2", "gemma3n", "exaone4"]
 def dtype_of(model: str) -> str:
     """Of a model of ATTENTIONS; FlashAttention takes sinks beside bfloat16 alone."""
     import tiny_models
-    import torch
 
     if torch.cuda.is_available() and model in ("gpt-oss", "granite"):
         return "bfloat16"
