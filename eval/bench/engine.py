@@ -11,8 +11,6 @@ engine stamps each request's first and last token, and once all of a batch decod
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +23,11 @@ from vllm_polarquant.eval.bench.engine_page import TITLE, sections
 from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
+    begun,
     check_out,
     check_same,
     continued,
     earlier,
-    environment,
     machine,
     numbers,
     query_gpu,
@@ -37,7 +35,7 @@ from vllm_polarquant.eval.report.environment import (
     same_version,
     without_ours,
 )
-from vllm_polarquant.eval.report.page import Report, markdown_table, save, write
+from vllm_polarquant.eval.report.page import Report, print_tables, save, write
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
 MODEL = Path(__file__).parents[1] / "models" / "llama-3.1-8b"
@@ -166,12 +164,7 @@ def kept(old: Report, new: Report) -> Report:
     runs = old["runs"]
     if not same_version(old, new):
         runs = {name: run for name, run in runs.items() if name not in PRESETS}
-    return {
-        **old,
-        "environment": continued(old, new),
-        "runs": runs,
-        "command": f"{old['command']} && {new['command']}",
-    }
+    return old | continued(old, new) | {"runs": runs}
 
 
 def main(
@@ -219,13 +212,7 @@ def main(
         limit_s=limit,
         engine=engine_arguments(engine),
     )
-    asked = shlex.join(sys.argv[1:])
-    found: Report = {
-        "environment": environment(),
-        "command": f"python -m {__spec__.name} {asked}".strip(),
-        "plan": plan,
-        "runs": {},
-    }
+    found = begun(__spec__.name) | {"plan": plan, "runs": {}}
     if keep:
         found = kept(earlier(out), found)
     for dtype in dtypes.split(","):
@@ -237,9 +224,7 @@ def main(
         if busy is not None:
             found["environment"]["SM clock"] = busy
         save(out, found)
-    for section in sections(found):
-        console.print(f"\n{section.title}")
-        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
+    print_tables(console, sections(found))
     console.print(*write(out, TITLE, found, sections(found)), sep="\n")
     if all("error" in measured for measured in found["runs"].values()):
         raise typer.Exit(1)

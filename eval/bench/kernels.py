@@ -10,8 +10,6 @@ command; those times mean nothing.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,18 +33,18 @@ from vllm_polarquant.eval.bench.kernel_page import TITLE, sections
 from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown, value
 from vllm_polarquant.eval.report.environment import (
+    begun,
     check_out,
     check_same,
     continued,
     earlier,
-    environment,
     machine,
     query_gpu,
     redraw,
     same_version,
     without_ours,
 )
-from vllm_polarquant.eval.report.page import Report, markdown_table, save, write
+from vllm_polarquant.eval.report.page import Report, print_tables, save, write
 from vllm_polarquant.format import PRESETS
 
 START_LIMIT_S = 180.0
@@ -106,12 +104,6 @@ def measure(
             done += 1
 
 
-def _print(console: Console, found: Report) -> None:
-    for section in sections(found):
-        console.print(f"\n{section.title}")
-        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
-
-
 def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list[Job]]:
     """`new`, still without cells, behind what an earlier report has measured, and the jobs that it lacks.
 
@@ -126,13 +118,7 @@ def resumed(old: Report, new: Report, todo: Sequence[Job]) -> tuple[Report, list
         cells = [cell for cell in cells if cell["name"] not in PRESETS]
     measured = {(cell["op"], cell["label"], cell["name"]) for cell in cells}
     names = old["contenders"] + [name for name in new["contenders"] if name not in old["contenders"]]
-    both = {
-        **old,
-        "environment": continued(old, new),
-        "contenders": names,
-        "cells": cells,
-        "command": f"{old['command']} && {new['command']}",
-    }
+    both = old | continued(old, new) | {"contenders": names, "cells": cells}
     return both, [job for job in todo if (job[0].op, job[0].label, job[1]) not in measured]
 
 
@@ -184,13 +170,7 @@ def main(
     if device == "cpu" and not decode:
         cases = tiny_cases()
     todo = jobs((case for case in cases if case.op in ops.split(",")), names, everywhere=full)
-    found: Report = {
-        "environment": environment(),
-        "command": f"python -m {__spec__.name} {shlex.join(sys.argv[1:])}".strip(),
-        "contenders": names,
-        "bandwidth": {},
-        "cells": [],
-    }
+    found = begun(__spec__.name) | {"contenders": names, "bandwidth": {}, "cells": []}
     if keep:
         found, todo = resumed(earlier(out), found, todo)
     for kind, what, result in measure(todo, device, budget_ms, limit):
@@ -204,7 +184,7 @@ def main(
         save(out, found)
     for name, speed in found["bandwidth"].items():
         found["environment"][f"{name} bandwidth"] = f"{(value(speed) or 0) / 1e12:.2f} TB/s"
-    _print(console, found)
+    print_tables(console, sections(found))
     console.print(*write(out, TITLE, found, sections(found)), sep="\n")
     if not any("median" in cell["result"] for cell in found["cells"]):
         raise typer.Exit(1)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,15 +29,8 @@ from vllm_polarquant.eval.measures.next_token import block_error, divergence
 from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report.cells import shown
-from vllm_polarquant.eval.report.environment import (
-    check_out,
-    check_same,
-    continued,
-    earlier,
-    environment,
-    machine,
-)
-from vllm_polarquant.eval.report.page import Report, Section, markdown_table, save, write
+from vllm_polarquant.eval.report.environment import begun, check_out, check_same, continued, earlier, machine
+from vllm_polarquant.eval.report.page import Report, Section, print_tables, save, write
 from vllm_polarquant.eval.statistics import Z
 from vllm_polarquant.format import DEFAULT_PRESET, LOSSLESS
 
@@ -172,13 +163,7 @@ def kept(old: Report, new: Report) -> Report:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
     check_same(machine(old), machine(new))
-    return {
-        **new,
-        "environment": continued(old, new),
-        "command": f"{old['command']} && {new['command']}",
-        "layouts": old["layouts"],
-        "large": old["large"],
-    }
+    return new | continued(old, new) | {"layouts": old["layouts"], "large": old["large"]}
 
 
 def sections(report: Report) -> list[Section]:
@@ -256,13 +241,7 @@ def main(
     shapes = engine_bench.parse_shapes(cells)
     if large and not shapes:
         raise typer.BadParameter("give --cells of the large model, or --large ''")
-    report: Report = {
-        "environment": environment(),
-        "command": f"python -m {__spec__.name} {shlex.join(sys.argv[1:])}".strip(),
-        "job": job,
-        "layouts": {},
-        "large": {},
-    }
+    report = begun(__spec__.name) | {"job": job, "layouts": {}, "large": {}}
     if keep:
         report = kept(earlier(out), report)
     runs: dict[str, dict[str, list[Arrays] | str]] = {layout: {} for layout in asked}
@@ -295,9 +274,7 @@ def main(
         for dtype in large_dtypes.split(","):
             report["large"][dtype] = engine_bench.run(dtype, plan, console)
             save(out, report)
-    for section in sections(report):
-        console.print(f"\n{section.title}")
-        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
+    print_tables(console, sections(report))
     console.print(*write(out, TITLE, report, sections(report)), sep="\n")
     wrong = failures(report["layouts"])
     console.print(*wrong, sep="\n", markup=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -64,6 +66,11 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found | {"date": date.today().isoformat()}
+
+
+def begun(module: str) -> Report:
+    """What every report begins with: where it is measured, and the command, `python -m module` as called."""
+    return {"environment": environment(), "command": f"python -m {module} {shlex.join(sys.argv[1:])}".strip()}
 
 
 def _read(path: Path, option: str) -> Report:
@@ -128,11 +135,14 @@ def same_version(before: Report, now: Report) -> bool:
     return bool(before["environment"].get(OURS) == now["environment"].get(OURS))
 
 
-def continued(before: Report, now: Report) -> dict[str, Any]:
-    """The environment of a report that goes on with an earlier one: our version now, and the days of both."""
+def continued(before: Report, now: Report) -> Report:
+    """How a report begins that goes on with an earlier one: our version now, days and commands of both."""
     days = [*before["environment"]["date"].split(", "), now["environment"]["date"]]
     version = {name: value for name, value in now["environment"].items() if name == OURS}
-    return before["environment"] | version | {"date": ", ".join(dict.fromkeys(days))}
+    return {
+        "environment": before["environment"] | version | {"date": ", ".join(dict.fromkeys(days))},
+        "command": f"{before['command']} && {now['command']}",
+    }
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

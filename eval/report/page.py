@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from vllm_polarquant.eval.files import write_text
 from vllm_polarquant.eval.report.panels import Panel, draw
 
@@ -48,6 +50,13 @@ def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
         parts += [markdown_table(section.header, section.rows)] if section.header else []
         parts += [section.note] if section.note else []
     return "\n\n".join(parts) + "\n"
+
+
+def print_tables(console: Console, sections: Sequence[Section]) -> None:
+    """The tables as `markdown` has them, without the notes."""
+    for section in sections:
+        console.print(f"\n{section.title}")
+        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
 
 
 def path_of(stem: Path, kind: str) -> Path:
