@@ -125,6 +125,15 @@ def _counter(llm: Any, name: str) -> int:
     return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
+def _drafted(llm: Any, prompts: list[str], **sampling: Any) -> dict[str, Any]:
+    """Completions, and how many tokens were drafted for them and taken."""
+    return {
+        "completions": _completions(_generate(llm, prompts, **sampling)),
+        "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
+        "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
+    }
+
+
 def _ask(llm: Any, tokens: int, count: int) -> dict[str, Any]:
     """Ask questions one episode after the other; which answers are right, tokens that hit the cache."""
     items = questions(tokens, count)
@@ -245,11 +254,7 @@ def speculation() -> dict[str, Any]:
     ):
         for way, chosen in (("without", None), ("with", config)):
             with _engine(dtype, **EXACT, **one_chunk, speculative_config=chosen) as llm:
-                found.setdefault(name, {})[way] = {
-                    "completions": _completions(_generate(llm, prompts, max_tokens=40)),
-                    "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
-                    "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
-                }
+                found.setdefault(name, {})[way] = _drafted(llm, prompts, max_tokens=40)
     return found
 
 

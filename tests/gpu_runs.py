@@ -15,7 +15,17 @@ from typing import Any
 import engine_runs
 import tiny_models
 import torch
-from engine_runs import EXACT, MODEL, _ask, _centring, _completions, _counter, _engine, _generate
+from engine_runs import (
+    EXACT,
+    MODEL,
+    _ask,
+    _centring,
+    _completions,
+    _counter,
+    _drafted,
+    _engine,
+    _generate,
+)
 from safetensors.torch import save_file
 
 CAPTURED: dict[str, Any] = {
@@ -128,13 +138,7 @@ def drafts(config: dict[str, Any], ways: list[list[str]], captured: bool) -> dic
     for dtype, draft_dtype in ways:
         mine = config | ({"kv_cache_dtype": draft_dtype} if draft_dtype else {})
         with _engine(dtype, **EXACT, **options, speculative_config=mine) as llm:
-            found.append(
-                {
-                    "completions": _completions(_generate(llm, prompts(), max_tokens=64, ignore_eos=True)),
-                    "accepted": _counter(llm, "spec_decode_num_accepted_tokens"),
-                    "drafted": _counter(llm, "spec_decode_num_draft_tokens"),
-                }
-            )
+            found.append(_drafted(llm, prompts(), max_tokens=64, ignore_eos=True))
     return {"ways": found}
 
 
