@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -33,6 +34,28 @@ def test_modules_that_commands_run_exist(page: Path) -> None:
         pytest.skip("a report quotes the commands of its day")
     modules = set(re.findall(r"-m (vllm_polarquant[\w.]*\w)", page.read_text()))
     assert not [name for name in sorted(modules) if importlib.util.find_spec(name) is None]
+
+
+def test_links_into_pages_lead_to_a_heading() -> None:
+    def anchors(page: Path) -> set[str]:
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text()):
+            there = (page.parent / target).resolve() if target else page
+            assert anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+
+
+def test_what_documents_import_exists() -> None:
+    imports = {
+        found
+        for page in PAGES
+        for found in re.findall(r"from (vllm_polarquant[\w.]*) import (\w+)", page.read_text())
+    }
+    assert imports
+    for module, name in imports:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
 
 
 def test_every_make_target_is_helped_and_no_other_is_named() -> None:
