@@ -234,8 +234,8 @@ def _attend(
     for half in tl.static_range(2):
         value_radius = radius[2 * half + 1]
         if MASKED:
-            known = _inside(key_token + 8 * half, limits[SETS], spans[1], BOUNDED)
-            value_radius = tl.where(known, value_radius, 0.0)
+            stays = _inside(key_token + 8 * half, limits[SETS], spans[1], BOUNDED)
+            value_radius = tl.where(stays, value_radius, 0.0)
         value_radii = value_radii + (value_radius,)
     new_totals = ()
     weights = ()
@@ -251,40 +251,11 @@ def _attend(
             weights = weights + (weight * value_radii[half],)
         new_totals = new_totals + (total,)
 
+    known = (token, limits[SETS], spans[1]) if MASKED else ()
     if JOINED:
-        outs = _add_joined(
-            values,
-            weights,
-            outs,
-            token,
-            limits,
-            spans,
-            value_lut,
-            lane,
-            SETS,
-            MASKED,
-            BOUNDED,
-            PAGE,
-            COPIES,
-            DTYPE,
-        )
+        outs = _add_joined(values, weights, outs, known, value_lut, lane, SETS, BOUNDED, PAGE, COPIES, DTYPE)
     else:
-        outs = _add_spread(
-            values,
-            weights,
-            outs,
-            token,
-            limits,
-            spans,
-            value_lut,
-            lane,
-            SETS,
-            MASKED,
-            BOUNDED,
-            PAGE,
-            COPIES,
-            DTYPE,
-        )
+        outs = _add_spread(values, weights, outs, known, value_lut, lane, SETS, BOUNDED, PAGE, COPIES, DTYPE)
     return (peaks, new_totals, outs)
 
 
@@ -292,29 +263,30 @@ def _attend(
 def _value_points(
     values,
     before,
-    token,
-    limits,
-    spans,
+    known,
     value_lut,
     lane,
     TOKEN: tl.constexpr,
     PAIR: tl.constexpr,
     SETS: tl.constexpr,
-    MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
     PAGE: tl.constexpr,
     COPIES: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Pair PAIR of a lane's TOKEN-th value; `token`, `limits` and `spans` as of `_attend`."""
+    """Pair PAIR of a lane's TOKEN-th value.
+
+    known: position of the first of the 16 tokens, that before which they are known, and how many before it,
+    where there may be others; else ().
+    """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
     both = point(values, before, TOKEN, PAIR, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE)
-    if MASKED and VALUES.code == RAW:
+    if len(known) > 0 and VALUES.code == RAW:
         # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
-        own_token = token + 2 * (lane % 4) + (TOKEN // 2 * 8 + TOKEN % 2)
-        both = tl.where(_inside(own_token, limits[SETS], spans[1], BOUNDED), both, 0)
+        own_token = known[0] + 2 * (lane % 4) + (TOKEN // 2 * 8 + TOKEN % 2)
+        both = tl.where(_inside(own_token, known[1], known[2], BOUNDED), both, 0)
     return both
 
 
@@ -323,13 +295,10 @@ def _add_spread(
     values,
     weights,
     outs,
-    token,
-    limits,
-    spans,
+    known,
     value_lut,
     lane,
     SETS: tl.constexpr,
-    MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
     PAGE: tl.constexpr,
     COPIES: tl.constexpr,
@@ -337,7 +306,7 @@ def _add_spread(
 ):
     """Add values times weights to the outputs of `_attend`'s state, in products over (token, coordinate).
 
-    Half of what is multiplied is 0, but points need no moves.
+    known: as of `_value_points`. Half of what is multiplied is 0, but points need no moves.
     """
     VALUES: tl.constexpr = PAGE.values
     TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
@@ -355,23 +324,10 @@ def _add_spread(
         for i in tl.static_range(4 * TILES):
             a = a + (
                 _value_points(
-                    values,
-                    before,
-                    token,
-                    limits,
-                    spans,
-                    value_lut,
-                    lane,
-                    2 * half + i % 2,
-                    i // 2,
-                    SETS,
-                    MASKED,
-                    BOUNDED,
-                    PAGE,
-                    COPIES,
-                    DTYPE,
+                    values, before, known, value_lut, lane, 2 * half + i % 2, i // 2, SETS, BOUNDED, PAGE,
+                    COPIES, DTYPE,
                 ),
-            )
+            )  # fmt: skip
         new_outs = ()
         for k in tl.static_range(SETS):
             b = (placed[4 * k + 2 * half], placed[4 * k + 2 * half + 1])
@@ -388,13 +344,10 @@ def _add_joined(
     values,
     weights,
     outs,
-    token,
-    limits,
-    spans,
+    known,
     value_lut,
     lane,
     SETS: tl.constexpr,
-    MASKED: tl.constexpr,
     BOUNDED: tl.constexpr,
     PAGE: tl.constexpr,
     COPIES: tl.constexpr,
@@ -402,7 +355,7 @@ def _add_joined(
 ):
     """Add values times weights to the outputs of `_attend`'s state, in products over tokens.
 
-    Two points, of two tokens, become a word of their xs and one of their ys.
+    known: as of `_value_points`. Two points, of two tokens, become a word of their xs and one of their ys.
     """
     VALUES: tl.constexpr = PAGE.values
     TILES: tl.constexpr = (PAGE.head_dim // 2 + 15) // 16
@@ -419,23 +372,10 @@ def _add_joined(
         for token_of_pair in tl.static_range(8):
             p = p + (
                 _value_points(
-                    values,
-                    before,
-                    token,
-                    limits,
-                    spans,
-                    value_lut,
-                    lane,
-                    token_of_pair % 4,
-                    2 * i + token_of_pair // 4,
-                    SETS,
-                    MASKED,
-                    BOUNDED,
-                    PAGE,
-                    COPIES,
-                    DTYPE,
+                    values, before, known, value_lut, lane, token_of_pair % 4, 2 * i + token_of_pair // 4,
+                    SETS, BOUNDED, PAGE, COPIES, DTYPE,
                 ),
-            )
+            )  # fmt: skip
         # Rows g and g + 8 are two pairs.
         left = ()
         for half in tl.static_range(2):
@@ -661,6 +601,8 @@ def read(
     # Each warp works out what 16 segments' centres add to logits, for all; after so many tiles the next ones.
     ROUND: tl.constexpr = _tiles_of_round(WARPS)
     first_segment = start // SEGMENT_CHUNKS
+    # Past the split's last segment there is that one again: a short split fetches few centres.
+    num_segments = tl.minimum(num_segments, last // SEGMENT_CHUNKS + 1)
     centre_words = ()
     if CENTRED:
         centre_words = _load_centres(

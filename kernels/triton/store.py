@@ -180,6 +180,10 @@ def _encode(
     inside_page = (slot % BLOCK_SIZE).to(tl.int32)
     region = page + VECTOR.codes_offset
     radius_target = radius_pointer(page, inside_page, VECTOR)
+    CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
+    if CENTRED:
+        # Asked for early: what it leads to is waited for.
+        segment = tl.load(segments + token, mask=keep, other=0)
 
     pair = tl.arange(0, HALF_PAD)
     mask = keep[:, None] & (pair < HALF)[None, :]
@@ -245,9 +249,7 @@ def _encode(
                 y1 = tl.dot(part, tl.trans(upper), acc=y1, input_precision="tf32x3")
                 y2 = tl.dot(part, tl.trans(lower), acc=y2, input_precision="tf32x3")
 
-        CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
         if CENTRED:
-            segment = tl.load(segments + token, mask=keep, other=0)
             centre = segment_centres(centres, segment, num_segments, head, CENTRES_PER_SEGMENT, HEAD_DIM)
             words = tl.load(centre[:, None] + pair[None, :], mask=mask, other=0)
             c1, c2 = unpack_halves(words.to(tl.uint32, bitcast=True), x.dtype.element_ty)
