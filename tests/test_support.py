@@ -26,8 +26,9 @@ from vllm_polarquant.support import RULES, Hit, Refused
 PRESET = "polarquant_k4v4"
 ROOT = Path(__file__).parents[1]
 
-# What a test of this file has seen refused.
+# What a test of this file has seen refused, and with what is advised instead, served.
 seen: set[str] = set()
+tried: set[str] = set()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -140,7 +141,9 @@ class Elsewhere:
 def test_devices_are_refused_by_name() -> None:
     assert "capability 8.0" in refusal(support.check_selector, selector(), None, Elsewhere((7, 5)))
     assert "platform xpu" in refusal(support.check_selector, selector(), None, Elsewhere(None))
-    support.check_selector(selector(), None, Elsewhere((9, 0)))
+    support.check_selector(selector(), None, Elsewhere((8, 0)))
+    support.check_selector(selector(), None, current_platform)
+    tried.update((support.GPU.feature, support.PLATFORM.feature))
 
 
 def with_connector(connector: str, **extra: str) -> VllmConfig:
@@ -187,6 +190,8 @@ def test_sizes_are_refused_with_their_numbers() -> None:
     assert "values of another size (64) than keys (128)" in refusal(support.check_spec, PRESET, 128, 64)
     sentence = refusal(support.check_draft_tokens, PRESET, 18, 16)
     assert "17 speculative tokens (at most 15)" in sentence
+    support.check_draft_tokens(PRESET, 16, 16)
+    tried.add(support.DRAFT_TOKENS.feature)
 
 
 def test_the_draft_of_a_refused_model_can_stay_in_16_bits() -> None:
@@ -504,6 +509,32 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["an attention backend of the model's own"],
         [],
     ),
+    "PaliGemma": (
+        {
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "model_type": "paligemma",
+            "dtype": "bfloat16",
+            "hidden_size": 256,
+            "image_token_index": 100,
+            "text_config": {
+                **{name: value for name, value in LLAMA.items() if name not in ("architectures", "dtype")},
+                "model_type": "gemma",
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 1,
+                "image_size": 28,
+                "patch_size": 14,
+                "projection_dim": 256,
+            },
+        },
+        ["image prefix"],
+        ["--language-model-only"],
+    ),
+    "R-SWA": (LLAMA | {"rswa_window": 64}, ["R-SWA"], []),
     "scales per head": (
         LLAMA
         | {
@@ -554,6 +585,12 @@ def test_a_model_is_refused_for_all_its_reasons_and_the_ways_out_are_tried(name:
     seen.update(features)
     for _, run in answer.ways_out:
         assert run.quantised
+    if not flags:
+        # What is advised then is auto, of which no layer is this package's.
+        run = dry_run.build(str(tmp_path), "auto", {})
+        assert [found.hit.rule for found in run.found] == [support.NO_LAYER]
+        assert not run.quantised and not run.notes
+    tried.update(features)
 
 
 # What a user sets that is refused, and what the refusal says to set instead.
@@ -601,6 +638,7 @@ def test_an_option_is_refused_and_what_is_advised_is_not(name: str, tmp_path: Pa
     assert [found.hit.rule for found in answer.run.found] == [rule]
     assert not explore(config, tmp_path, **advised).run.found
     seen.add(rule.feature)
+    tried.add(rule.feature)
     if rule.options:
         assert [options for options, _ in answer.ways_out] == [advised]
 
@@ -611,6 +649,25 @@ def test_batch_invariant_mode_is_refused_and_without_it_nothing_is(
     assert not explore(LLAMA, tmp_path).run.found
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert [found.hit.rule for found in explore(LLAMA, tmp_path).run.found] == [support.BATCH_INVARIANT]
+    tried.add(support.BATCH_INVARIANT.feature)
+
+
+def test_what_is_advised_for_options_of_other_devices_is_served(tmp_path: Path) -> None:
+    """vLLM on a CPU has neither prefill context parallelism nor adaptive verification."""
+    assert not explore(LLAMA, tmp_path, tensor_parallel_size=2).run.found
+    tried.add(support.PCP.feature)
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    off = ngram | {"enable_adaptive_verification": False}
+    assert not explore(LLAMA, tmp_path, speculative_config=off).run.found
+    tried.add(support.ADAPTIVE_VERIFICATION.feature)
+
+
+def test_a_model_that_is_not_causal_is_served_in_16_bits(tmp_path: Path) -> None:
+    options = {"attention_config": {"use_non_causal": True}}
+    assert [found.hit.rule for found in explore(LLAMA, tmp_path, **options).run.found] == [support.NON_CAUSAL]
+    (found,) = dry_run.build(str(tmp_path), "auto", options).found
+    assert found.hit.rule is support.NO_LAYER
+    tried.add(support.NON_CAUSAL.feature)
 
 
 def test_what_a_request_takes_is_counted_as_vllm_counts_it(tmp_path: Path) -> None:
@@ -708,6 +765,20 @@ def test_every_rule_was_hit() -> None:
     if not seen:
         pytest.skip("of use after the other tests of this file alone")
     assert {rule.feature for rule in RULES} - seen == set()
+
+
+UNTRIED = {
+    "sparse attention": "vLLM's CPU build has none",
+    "values of another size": "vLLM has no such model that does not bring a backend of its own",
+    "another option of the attention": "RNJ-1 has one, and needs vLLM's Triton backend",
+}
+
+
+def test_every_way_out_was_tried() -> None:
+    """As far as layers are built; engines boot in test_models.py and offload_runs.py."""
+    if not tried:
+        pytest.skip("of use after the other tests of this file alone")
+    assert {rule.feature for rule in RULES} - tried == set(UNTRIED)
 
 
 def between(path: Path, mark: str) -> str:
