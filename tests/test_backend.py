@@ -86,11 +86,6 @@ def test_a_refusal_names_the_feature_and_the_way_out(field: str) -> None:
     assert_one_sentence(refused.value, rule.what, rule.way_out)
 
 
-def test_every_flag_of_vllms_selector_is_refused_or_known_to_be_harmless() -> None:
-    flags = {name for name, default in AttentionSelectorConfig._field_defaults.items() if default is False}
-    assert flags - set(OF_SELECTOR) == {"use_kv_connector", "has_sliding_window", "has_sink"}
-
-
 @pytest.mark.parametrize("kind", ["encoder", "encoder_only", "encoder_decoder"])
 def test_attention_other_than_a_decoders_is_refused(kind: str) -> None:
     with pytest.raises(ValueError) as refused:
