@@ -7,14 +7,17 @@ logged. Nothing here asserts anything; tests compare what came back.
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,6 +25,9 @@ from vllm_polarquant.eval.probe import episodes
 
 MODEL = str(episodes.MODEL_DIR)
 PROBE_LAYERS, PROBE_KV_HEADS = 5, 2
+
+LIMIT_S = 560
+"""Of a child."""
 
 # bfloat16 logits of the probe are multiples of 1/8, so that two of them often tie; float16's seldom do.
 EXACT: dict[str, Any] = {"dtype": "float16"}
@@ -40,24 +46,73 @@ def child_env(**env: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if not torch.cuda.is_available():
+        # Every process that tells logprobs would compile how they are counted, for five seconds.
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
     return inherited | defaults | env
+
+
+class _Server:
+    """A process that has imported vLLM, and forks a child for each job: importing takes ten seconds.
+
+    A job is the arguments of `_answer`, and the environment and log of the child that is to answer.
+    """
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=child_env(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def ask(self, job: dict[str, Any]) -> int:
+        """The exit status of the job's child."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            return int(self.process.stdout.readline())
+        except BaseException:
+            # The next job is not to get this one's answer.
+            _server.cache_clear()
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise
+
+
+@functools.cache
+def _server() -> _Server:
+    return _Server()
+
+
+def child(script: str, scenario: str, arguments: list[Any], out: Path, **env: str) -> tuple[int, str]:
+    """Let a scenario write what it returns to a file, in a process of its own: its status and its log."""
+    job = [script, scenario, json.dumps(arguments), str(out)]
+    variables = child_env(**env)
+    if torch.cuda.is_available():
+        # CUDA does not outlive a fork.
+        done = subprocess.run(
+            [sys.executable, __file__, *job],
+            env=variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=LIMIT_S,
+        )
+        return done.returncode, done.stdout
+    log = out.with_suffix(".log")
+    return _server().ask({"answer": job, "env": variables, "log": str(log)}), log.read_text()
 
 
 @functools.cache
 def _run(script: str, scenario: str, arguments: str, env: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        child = subprocess.run(
-            [sys.executable, script, scenario, arguments, str(out)],
-            env=child_env(**dict(env)),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=560,
-        )
-        if child.returncode:
-            raise RuntimeError(f"{scenario} ended with {child.returncode}:\n{child.stdout[-4000:]}")
-        return json.loads(out.read_text()) | {"log": child.stdout}
+        status, log = child(script, scenario, json.loads(arguments), out, **dict(env))
+        if status:
+            raise RuntimeError(f"{scenario} ended with {status}:\n{log[-4000:]}")
+        return json.loads(out.read_text()) | {"log": log}
 
 
 def run(scenario: str, *arguments: Any, script: str = __file__, **env: str) -> dict[str, Any]:
@@ -69,15 +124,63 @@ def run(scenario: str, *arguments: Any, script: str = __file__, **env: str) -> d
     return _run(script, scenario, json.dumps(arguments), tuple(sorted(env.items())))
 
 
-def main(scenarios: Iterable[Callable[..., dict[str, Any]]]) -> None:
-    """Of a script that `run` starts."""
+def _answer(script: str, scenario: str, arguments: str, out: str) -> None:
     from vllm_polarquant.dry_run import inspecting_here
 
-    scenario, arguments, out = sys.argv[1:]
-    (chosen,) = (each for each in scenarios if each.__name__ == scenario)
+    chosen = getattr(importlib.import_module(Path(script).stem), scenario)
     with inspecting_here():
         found = chosen(*json.loads(arguments))
     Path(out).write_text(json.dumps(found))
+
+
+IMPORTED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "vllm.tokenizers.hf",
+    "vllm_polarquant.dry_run",
+)
+"""By every engine on a CPU; the plugin is not among them."""
+
+
+def _serve() -> None:
+    """Be a _Server's process, until its stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    # vLLM thaws what is imported and looks through it three times an engine: two seconds.
+    gc.freeze = gc.unfreeze = lambda: None
+    for line in sys.stdin:
+        job = json.loads(line)
+        forked = os.fork()
+        if not forked:
+            _be_child(job)
+        print(os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]), file=answers, flush=True)
+    # Triton complains of all that an interpreter leaves behind.
+    os._exit(0)
+
+
+def _be_child(job: dict[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        signal.alarm(LIMIT_S)
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.clear()
+        os.environ.update(job["env"])
+        _answer(*job["answer"])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def text_prompts(count: int, chars: int) -> list[str]:
@@ -372,6 +475,48 @@ def stored_prompts(dtype: str) -> dict[str, Any]:
     return found
 
 
+def soak(dtype: str, requests: int) -> dict[str, Any]:
+    """What the command prints, and its exit status."""
+    import typer
+    from typer.testing import CliRunner
+
+    from vllm_polarquant.eval import soak
+
+    app = typer.Typer()
+    app.command()(soak.main)
+    result = CliRunner().invoke(app, ["--kv-cache-dtype", dtype, "--requests", str(requests)])
+    print(result.output)
+    return json.loads(result.stdout[result.stdout.index("{\n") :]) | {"status": result.exit_code}
+
+
+def lm_eval(folder: str, include: str, tasks: list[str]) -> dict[str, Any]:
+    """Results of lm-eval's own adapter of vLLM, in a folder that is not the checkout."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    os.chdir(folder)
+    results = simple_evaluate(
+        model="vllm",
+        model_args={
+            "pretrained": MODEL,
+            "kv_cache_dtype": "polarquant_k4v4",
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_model_len": 4096,
+            # Of long prompts, all but the last chunk is read off the pages.
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,
+            "long_prefill_token_threshold": 32,
+        },
+        tasks=tasks,
+        task_manager=TaskManager(include_path=include, include_defaults=False),
+        batch_size="auto",
+        limit=8,
+        bootstrap_iters=0,
+    )
+    return {name: dict(found) for name, found in results["results"].items()}
+
+
 def other_dtypes() -> dict[str, Any]:
     """Tokens of vLLM's own dtypes, and vLLM's words about dtypes that nobody has."""
     prompts = text_prompts(2, 1500) + [prompt for prompt, _ in questions(1000, 2)]
@@ -520,19 +665,7 @@ def boots() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(
-        (
-            lossless,
-            presets,
-            skipped_layers,
-            hard_keys,
-            speculation,
-            attentions,
-            stored_prompts,
-            other_dtypes,
-            tensor_parallel,
-            centred,
-            kinds,
-            boots,
-        )
-    )
+    if sys.argv[1:]:
+        _answer(*sys.argv[1:])
+    else:
+        _serve()

@@ -173,7 +173,3 @@ def offloaded() -> dict[str, Any]:
                 time.sleep(1)
                 llm.reset_prefix_cache()
     return found
-
-
-if __name__ == "__main__":
-    engine_runs.main((sleep, graphs, drafts, tables, offloaded))

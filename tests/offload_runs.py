@@ -7,7 +7,6 @@ offloading workers; the scheduler, the tiers, their keys and their files are vLL
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,13 @@ def ask(dtype: str, transfer: dict[str, Any], asks: int = 1, **options: Any) -> 
     return found
 
 
-def tiers(folder: Path) -> dict[str, Any]:
+def tiers(name: str) -> dict[str, Any]:
     """One folder, read by engines to which its files mean the same, and by others."""
     from vllm_polarquant.startup import OFF
 
+    if not torch.cuda.is_available():
+        OffloadingSpecFactory._registry["TieringOffloadingSpec"] = lambda: FileSpec
+    folder = Path(name)
     found = {"raw": ask(RAW, files(folder), asks=2)}
     found["raw behind MultiConnector"] = ask(RAW, behind_multi(files(folder)))
     found["written"] = ask(PRESET, files(folder), asks=2)
@@ -136,9 +138,3 @@ def tiers(folder: Path) -> dict[str, Any]:
     found["not centred"] = ask(PRESET, files(folder), additional_config=json.loads(OFF))
     found["configs"] = sorted(json.loads(path.read_text())["dtype"] for path in folder.glob("*/config.json"))
     return found
-
-
-if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        OffloadingSpecFactory._registry["TieringOffloadingSpec"] = lambda: FileSpec
-    Path(sys.argv[1]).write_text(json.dumps(tiers(Path(sys.argv[2]))))

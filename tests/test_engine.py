@@ -24,7 +24,7 @@ from engine_runs import PROBE_KV_HEADS, PROBE_LAYERS, run
 from vllm_polarquant.format import Slot
 from vllm_polarquant.page import Page
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

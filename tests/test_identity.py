@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import child_env
+from engine_runs import run
 
 pytest.importorskip("vllm")
 
@@ -175,18 +172,8 @@ def test_a_class_of_somebody_elses_by_a_known_name_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def tiers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("tiers")
-    out = folder / "out.json"
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("offload_runs.py"), out, folder / "files"],
-        env=child_env(VLLM_POLARQUANT_LOSSLESS="1", VLLM_LOGGING_LEVEL="WARNING"),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=560,
-    )
-    assert not done.returncode, done.stdout[-4000:]
-    return json.loads(out.read_text())
+    script = str(Path(__file__).with_name("offload_runs.py"))
+    return run("tiers", str(tmp_path_factory.mktemp("files")), script=script, VLLM_POLARQUANT_LOSSLESS="1")
 
 
 def boots_engines(test: Any) -> Any:
