@@ -21,6 +21,34 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def patch_language_once_a_launch() -> None:
+    """Spare Triton's interpreter a quarter of its time.
+
+    At each call of a device function it looks through triton.language for what it has replaced already.
+    """
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        names = id(function.__globals__)
+        if names in patched:
+            return None
+        patched.add(names)
+        return patch(function)
+
+    def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once_a_launch()
+
 # pytest's importlib mode leaves the helpers beside the tests unimportable.
 sys.path.append(str(Path(__file__).parent))
 
@@ -29,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="interpret every case of the kernel tests, not a sample that has each value of each parameter",
+        help="run every case of tests whose cases are sampled: those of interpreted kernels, and marked ones",
     )
 
 
@@ -47,23 +75,22 @@ def sample(cases: list[pytest.Item]) -> list[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of each interpreted kernel test leave a sample, all but the first case of it slow; slow files begin.
+    """Of each interpreted and each `sampled` test leave a sample; slow files begin.
 
-    Each interpreted case takes seconds, and all of them run compiled on a GPU. A slow file that came last
-    would leave a core idle.
+    All but the first interpreted case are slow: each takes seconds, and all of them run compiled on a GPU. A
+    slow file that came last would leave a core idle.
     """
-    interpreted: dict[Any, list[pytest.Item]] = {}
+    sampled: dict[Any, list[pytest.Item]] = {}
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is not None and callspec.params.get("device") == "interpreter":
-            interpreted.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    left_out = set()
-    for cases in interpreted.values():
-        for item in cases[1:]:
-            item.add_marker(pytest.mark.slow)
-        if not config.getoption("every_case"):
-            left_out |= set(cases) - set(sample(cases))
-    if left_out:
+        interpreted = callspec is not None and callspec.params.get("device") == "interpreter"
+        if interpreted or item.get_closest_marker("sampled"):
+            cases = sampled.setdefault((item.path, item.originalname), [])
+            if interpreted and cases:
+                item.add_marker(pytest.mark.slow)
+            cases.append(item)
+    if not config.getoption("every_case"):
+        left_out = {item for cases in sampled.values() for item in set(cases) - set(sample(cases))}
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
