@@ -296,7 +296,7 @@ def presets() -> dict[str, Any]:
     with _engine("auto", max_num_batched_tokens=512) as llm:
         found["auto"] = _capacity(llm)
     with _engine("polarquant_k4v4", max_num_batched_tokens=512) as llm:
-        found["polarquant_k4v4"] = _capacity(llm) | _ask(llm, 2000, 40)
+        found["polarquant_k4v4"] = _capacity(llm) | _ask(llm, 2000, 20)
     for preset in ("polarquant_k8v4", "polarquant_k2v2"):
         with _engine(preset, max_num_batched_tokens=512) as llm:
             found[preset] = _capacity(llm) | _ask(llm, 1000, 20)
@@ -541,7 +541,7 @@ def other_dtypes() -> dict[str, Any]:
 def tensor_parallel() -> dict[str, Any]:
     """Questions to two tensor-parallel workers behind an engine core, each in a process of its own."""
     with _engine("polarquant_k4v4", tensor_parallel_size=2, max_num_batched_tokens=512) as llm:
-        return _capacity(llm) | _ask(llm, 2000, 10)
+        return _capacity(llm) | _ask(llm, 1000, 10)
 
 
 def _centring(llm: Any) -> dict[str, Any]:

@@ -72,11 +72,11 @@ def presets() -> dict[str, Any]:
 
 def test_k4v4_answers_from_quantised_pages(presets: dict[str, Any]) -> None:
     answers = presets["polarquant_k4v4"]
-    assert len(answers["right"]) == 40
+    assert len(answers["right"]) == 20
     assert share_right(answers) >= 0.95
     # Four of the five questions of an episode find all its blocks quantised in the prefix cache.
     hits = [right for right, cached in zip(answers["right"], answers["cached"], strict=True) if cached]
-    assert len(hits) >= 32
+    assert len(hits) >= 16
     assert sum(hits) / len(hits) >= 0.95
     assert min(cached for cached in answers["cached"] if cached) > 1500
 

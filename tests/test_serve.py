@@ -21,7 +21,7 @@ from vllm_polarquant.eval.probe import episodes
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.slow
 
 
 class Server(NamedTuple):

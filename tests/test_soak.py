@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import child_env
+from engine_runs import run
 from kernel_cases import page_for, relative_error
 
 pytest.importorskip("numba")
@@ -27,20 +24,10 @@ from vllm_polarquant.kernels.cpu.ops import CpuOperations
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_random_serving_gives_each_request_what_it_gets_alone() -> None:
     pytest.importorskip("vllm")
-    command = [sys.executable, "-m", "vllm_polarquant.eval.soak", "--kv-cache-dtype", LOSSLESS]
-    done = subprocess.run(
-        [*command, "--requests", "24"],
-        env=child_env(VLLM_POLARQUANT_LOSSLESS="1", VLLM_LOGGING_LEVEL="ERROR"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=560,
-    )
-    assert not done.returncode, done.stdout[-4000:]
-    found = json.loads(done.stdout[done.stdout.index("{\n") :])
+    found = run("soak", LOSSLESS, 24, VLLM_POLARQUANT_LOSSLESS="1")
+    assert found["status"] == 0, found["log"][-4000:]
     assert found["wrong"] == []
     # What the answers stand for.
     for name in ("aborted", "num_preemptions", "prefix_cache_hits", "spec_decode_num_accepted_tokens"):
@@ -116,7 +103,7 @@ def scramble(case: Case, request: int, radius: float) -> None:
             radii[block] = ((2 * torch.rand(radii[block].shape) - 1) * radius).bfloat16()
 
 
-def run(case: Case) -> torch.Tensor:
+def attended(case: Case) -> torch.Tensor:
     """Outputs of every request."""
     out = case.out()
     ops = CpuOperations(case.shape)
@@ -138,7 +125,7 @@ def test_random_pages_are_read_as_the_reference_reads_them() -> None:
         for request in range(requests):
             scramble(case, request, float("nan") if request == broken else 3.0)
         before = case.cache.clone()
-        out = run(case)
+        out = attended(case)
         assert torch.equal(case.cache, before), seed
         wanted = case.expected_decode().out + case.expected_prefill()
         for request in range(requests):
