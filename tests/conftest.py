@@ -17,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from vllm_polarquant.format import Slot
+
 # Triton decides when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -61,11 +63,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def values_of(item: pytest.Item) -> set[Any]:
+    """Of a case's parameters; of a preset its codes, of keys and of values alike."""
+    params = dict(item.callspec.params)
+    preset = params.pop("preset", None)
+    codes = {Slot(preset, 64).key, Slot(preset, 64).value} if preset else set()
+    return codes | {(name, repr(value)) for name, value in params.items()}
+
+
 def sample(cases: list[pytest.Item]) -> list[pytest.Item]:
     """Few of a test's cases that together have each value of each of its parameters."""
-    missing = [
-        (item, {(name, repr(value)) for name, value in item.callspec.params.items()}) for item in cases
-    ]
+    missing = [(item, values_of(item)) for item in cases]
     chosen = []
     while missing and (best := max(missing, key=lambda case: len(case[1])))[1]:
         chosen.append(best[0])

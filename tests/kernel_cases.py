@@ -24,12 +24,6 @@ from vllm_polarquant.page import Page
 
 ALL_PRESETS = (*PRESETS, LOSSLESS)
 ALL_FORMATS = [(preset, dim) for preset in ALL_PRESETS for dim in HEAD_DIMS]
-INTERPRETED = {
-    (preset, dim)
-    for preset, dim in ALL_FORMATS
-    if dim == 64 or preset in ("polarquant_k4v4", "polarquant_k3v2")
-}
-"""Formats that the interpreter, which takes seconds for each, is to run; a GPU runs them all."""
 LAYOUTS = [("LBHNC", 16), ("LBNHC", 32), ("BLHNC", 48), ("BLNHC", 128)]
 """vLLM's KV cache layouts, each with another block size."""
 DTYPES = (torch.bfloat16, torch.float16)

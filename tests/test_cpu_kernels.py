@@ -118,6 +118,7 @@ def check_lse(case: Case, starts: torch.Tensor | None = None) -> None:
     assert (out[owned:] == UNTOUCHED).all() and (lse[:, owned:] == UNTOUCHED).all()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("head_dim", DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,6 +153,7 @@ def test_decode_with_factors_of_every_head(preset: str) -> None:
     check_decode(case)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_decode_with_centres(preset: str, dtype: torch.dtype) -> None:
@@ -177,6 +179,7 @@ def test_decode_past_the_last_centre() -> None:
     assert len({out.sum().item() for out in apart}) == 3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", [layout for layout, _ in LAYOUTS])
 @pytest.mark.parametrize("block_size", [16, 32, 48, 128])
 def test_decode_of_every_layout_and_block_size(layout: str, block_size: int) -> None:
@@ -184,6 +187,7 @@ def test_decode_of_every_layout_and_block_size(layout: str, block_size: int) -> 
     check_decode(make_case(at, [(257, 1), (5, 1), (129, 1)], layout=layout))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("query_len", range(1, 9))
 @pytest.mark.parametrize("group", [1, 2, 3, 8])
 def test_decode_of_several_query_tokens_is_causal(query_len: int, group: int) -> None:
@@ -230,6 +234,7 @@ def test_decode_sees_its_window_alone(window: int, block_size: int) -> None:
     check_lse(case)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("kind", [{"soft_cap": 1.0}, {"sinks": SINKS}, {"window": 30}], ids="-".join)
 def test_decode_of_every_format_and_kind(preset: str, kind: dict[str, Any]) -> None:
@@ -340,6 +345,7 @@ def stored_cosines(
     return torch.nn.functional.cosine_similarity(y, unit, dim=-1), y.norm(dim=-1), unit.norm(dim=-1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "tables_of", [plain_tables, uneven_tables, real_tables], ids=["codec", "uneven", "centred"]
 )
@@ -595,6 +601,7 @@ def check_prefill(case: Case) -> None:
     assert (out == UNTOUCHED).all(), "rows of no prefill were written"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("chunk", [(0, 33), (1, 1), (37, 20), (1000, 3)], ids=str)
 def test_prefill_attends_to_the_prefix_and_causally_to_itself(preset: str, chunk: tuple[int, int]) -> None:
@@ -611,6 +618,7 @@ def test_prefill_with_factors_of_every_head(preset: str) -> None:
     check_prefill(make_case(page_for(preset, 64), [], [(50, 9), (0, 4)], heads=3, uneven=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prefill_with_centres(preset: str, dtype: torch.dtype) -> None:
@@ -652,6 +660,7 @@ def test_prefill_merges_the_segments_of_a_window(segment_tokens: int, window: in
     assert relative_error(prefill_in(case, segment_tokens), case.expected_prefill()) < 8e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", ALL_PRESETS)
 @pytest.mark.parametrize(
     "kind",
