@@ -8,13 +8,9 @@ table of docs/models.md from such a file. Nothing here asserts anything.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,31 +51,25 @@ def run(names: list[str]) -> dict[str, Result]:
         out = Path(folder) / "out.jsonl"
         while left := [name for name in names if name not in found]:
             out.write_text("")
-            child = subprocess.run(
-                [sys.executable, __file__, "--child", str(out), *left],
-                env=engine_runs.child_env(**ENV),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+            status, log = engine_runs.child(
+                __file__, "models", [str(out), left], Path(folder) / "ended.json", **ENV
             )
             done = dict(json.loads(line) for line in out.read_text().splitlines())
             found |= done
             for name in [name for name in left if name not in done][:1]:
-                found[name] = {"problem": f"ended with {child.returncode}: {child.stdout[-2000:]}"}
+                found[name] = {"problem": f"ended with {status}: {log[-2000:]}"}
     return found
 
 
-def _child(out: Path, names: list[str]) -> None:
-    from vllm_polarquant import dry_run
-
+def models(out: str, names: list[str]) -> dict[str, Any]:
+    """A scenario: a line of a file for each model once it is done, so that a crash loses only one."""
     tiny_models.register_loader()
-    # vLLM collects garbage several times an engine, and what is imported takes most of a second each time.
-    gc.freeze()
-    with dry_run.inspecting_here(), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for name in names:
             result = _model(name, tiny_models.write(name, Path(folder)))
-            with out.open("a") as file:
+            with open(out, "a") as file:
                 file.write(json.dumps([name, result]) + "\n")
+    return {}
 
 
 def _model(name: str, path: Path) -> Result:
@@ -261,12 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("results", type=Path)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--child", action="store_true")
     parser.add_argument("--page", type=Path)
     asked = parser.parse_args()
-    if asked.child:
-        _child(asked.results, asked.names)
-    elif asked.page:
+    if asked.page:
         results = json.loads(asked.results.read_text())
         before, _, rest = asked.page.read_text().partition("<!-- models -->")
         after = rest.partition("<!-- /models -->")[2]
@@ -284,5 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     main()

@@ -1,20 +1,15 @@
-"""Tasks of lm-eval as cells: what is kept of them, bad input, and the shipped tasks on real engines."""
+"""Tasks of lm-eval as cells: what is kept of them, and bad input; test_measures.py runs the shipped tasks."""
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import probe_reference
 import pytest
-import torch
-from engine_runs import child_env
-from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
@@ -27,11 +22,8 @@ from vllm_polarquant.eval.measures.tasks.params import Params
 from vllm_polarquant.eval.measures.tasks.summary import summarise
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.suites import load_suite, suite_names
-from vllm_polarquant.format import PRESETS
 
-PRESET = "polarquant_k3v3"
 CHOICE = f"{RIGHT_CHOICE},none"
-TEXTS, CHOICES = 2, 2
 
 
 def sample(doc: int, **metrics: Any) -> dict[str, Any]:
@@ -176,123 +168,3 @@ def test_files_take_the_place_of_a_data_set_on_the_hub(tmp_path: Path) -> None:
     assert next(iter(task.fewshot_docs()))["question"] == "How many?"
     with pytest.raises(ValueError, match="probe_retrieval_by_depth is several tasks"):
         lookup.identify(Params("probe_retrieval_by_depth", data={"test": str(test)}))
-
-
-HUB_TASK = """
-task: on_the_hub
-dataset_path: nobody/no-such-data
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{q}}"
-doc_to_choice: [a, b]
-doc_to_target: 0
-"""
-
-ENGINE = {"dtype": "float16", "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-
-
-def suite_of(folder: Path) -> dict[str, Any]:
-    cell = {"measure": "lm_eval", "requests": 8, "max_model_len": 2048}
-    text = cell | {"task": "probe_text", "metric": "word_perplexity,none", "limit": TEXTS}
-    return {
-        "engine": ENGINE,
-        "cells": {
-            "text": text | {"chunk": 1},
-            "text in one chunk": text | {"chunk": 2048},
-            "answers": cell | {"task": "probe_retrieval_by_depth", "limit": 1, "chunk": 2048},
-            "choices": cell | {"task": "probe_choice_depth_2", "limit": CHOICES, "chunk": 32},
-            "missing": cell | {"task": "on_the_hub", "include": str(folder)},
-        },
-    }
-
-
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """The command on auto and on 3 bits, outside the checkout."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "hub.yaml").write_text(HUB_TASK)
-    (folder / "suite.json").write_text(json.dumps(suite_of(folder)))
-    command = [sys.executable, "-m", "vllm_polarquant.eval.cli", "probe", "--suite", "suite.json"]
-    command += ["--kv-cache-dtypes", PRESET, "--out", "out"]
-    # The reference knows no centres.
-    command += ["--engine", json.dumps({"additional_config": {"polarquant": {"centre_keys": False}}})]
-    env = child_env(HF_HOME=str(folder / "hf"))
-    return subprocess.run(
-        command, env=env, cwd=folder, capture_output=True, text=True, timeout=580, check=False
-    ), folder
-
-
-@pytest.fixture(scope="module")
-def cells(ran: tuple[subprocess.CompletedProcess[str], Path]) -> dict[tuple[str, str], dict[str, Any]]:
-    found = {}
-    for path in (ran[1] / "out").glob("*--*.json"):
-        cell = json.loads(path.read_text())
-        with np.load(path.with_suffix(".npz")) as arrays:
-            found[cell["key"]["kv_cache_dtype"], cell["key"]["cell"]] = cell["summary"] | {
-                "arrays": dict(arrays)
-            }
-    return found
-
-
-slow = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-class TestEngines:
-    pytestmark = slow
-
-    def test_a_task_without_its_data_fails_alone(
-        self, ran: tuple[subprocess.CompletedProcess[str], Path], cells: dict[tuple[str, str], dict[str, Any]]
-    ) -> None:
-        child, folder = ran
-        names = [name for name in suite_of(folder)["cells"] if name != "missing"]
-        assert set(cells) == {(dtype, name) for dtype in ("auto", PRESET) for name in names}, child.stderr
-        assert child.returncode == 1
-        (why,) = [line for line in child.stderr.splitlines() if line.startswith("failed: auto")]
-        assert "nobody/no-such-data" in why and "needs the network" in why
-        assert f"{PRESET} " in child.stdout and "(n = 5)" in child.stdout
-
-    def test_text_is_scored_off_the_pages(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
-        """Nats of all documents are those of a forward pass over codes; in one chunk no code shows."""
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=str(lookup.FOLDER), include_defaults=False)
-        docs = manager.load(["probe_text"])["tasks"]["probe_text"].dataset["test"]
-        tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
-        for dtype, vectors, tolerance in (("auto", (None, None), 0.002), (PRESET, PRESETS[PRESET], 0.03)):
-            want = []
-            for text in docs["text"][:TEXTS]:
-                # lm-eval asks for the text's own first token too, after one that stands before all texts.
-                ids = [0, *tokenizer.encode(text).ids]
-                logprobs = probe_reference.logprobs(ids, *vectors)[:-1]
-                want.append(-logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).sum().item())
-            nats = cells[dtype, "text"]["arrays"]["word_perplexity,none"][:, 0]
-            assert nats.sum() == pytest.approx(sum(want), rel=tolerance)
-        found = {
-            name: cells[PRESET, name]["against_baseline"]["word_perplexity,none"]["difference"]
-            for name in ("text", "text in one chunk")
-        }
-        assert found["text"] > 0.05 > 20 * abs(found["text in one chunk"])
-
-    def test_auto_is_the_same_in_chunks_and_in_one(
-        self, cells: dict[tuple[str, str], dict[str, Any]]
-    ) -> None:
-        chunked, whole = (
-            cells["auto", name]["arrays"]["word_perplexity,none"][:, 0]
-            for name in ("text", "text in one chunk")
-        )
-        assert chunked == pytest.approx(whole, rel=0.002)
-
-    def test_choices_show_three_bits(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
-        """Accuracy may hide what the log-probability of the right choice shows."""
-        base, coarse = (cells[dtype, "choices"]["arrays"][CHOICE][:, 0] for dtype in ("auto", PRESET))
-        assert len(base) == CHOICES and (base > math.log(0.9)).all()
-        assert (coarse < 1.2 * base).all()
-        found = cells[PRESET, "choices"]["against_baseline"]
-        assert found["acc,none"]["changed"] == 0 and found[CHOICE]["changed"] == CHOICES
-
-    def test_answers_are_generated_by_depth(self, cells: dict[tuple[str, str], dict[str, Any]]) -> None:
-        summary = cells["auto", "answers"]
-        assert summary["metrics"]["exact_match,none"]["value"] == 1
-        assert list(summary["by_task"]) == [f"probe_retrieval_depth_{i}" for i in range(5)]
-        found = cells[PRESET, "answers"]["against_baseline"]["exact_match,none"]
-        assert found["verdict"].endswith("(n = 5)") and found["low"] < 0 < found["high"]
