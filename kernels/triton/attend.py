@@ -20,6 +20,7 @@ from vllm_polarquant.kernels.triton.lanes import (
     get_bonus,
     get_words,
     hadamard,
+    hold_loads,
     join_halves,
     load_words,
     mma,
@@ -56,14 +57,17 @@ _MARGIN = tl.constexpr(8.0)
 
 @triton.jit
 def _fetch(page, slot, group, member, PAGE: tl.constexpr):
-    """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8."""
+    """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8.
+
+    A `hold_loads` must follow.
+    """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     both_radii = page + KEYS.radius_offset + (slot + group) * RADIUS_STRIDE
     return (
-        load_share(page, slot, group, member, KEYS),
-        load_share(page, slot, group, member, VALUES),
-        load_words(both_radii, 1, 4) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4),
+        load_share(page, slot, group, member, KEYS, True),
+        load_share(page, slot, group, member, VALUES, True),
+        load_words(both_radii, 1, 4, True) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4, True),
     )
 
 
@@ -416,17 +420,26 @@ def load_factors(factors, first, COUNT: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _load_queries(
-    query, factors, member, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Words (x, y) of each thread's quarter of its query's pairs, rotated, in the order of keys' pairs.
-
-    query: each thread's row of d elements. factors: of their kv head.
-    """
+def _load_query(query, member, HEAD_DIM: tl.constexpr):
+    """Words of each thread's quarter of both halves of its query, at `query`; a `hold_loads` must follow."""
     PAIRS: tl.constexpr = HEAD_DIM // 8
     halves = query.to(tl.pointer_type(tl.uint32)) + member * (PAIRS // 2)
-    xs = load_words(halves, PAIRS // 2, 4)
-    ys = load_words(halves + HEAD_DIM // 4, PAIRS // 2, 4)
+    return (
+        load_words(halves, PAIRS // 2, 4, True),
+        load_words(halves + HEAD_DIM // 4, PAIRS // 2, 4, True),
+    )
+
+
+@triton.jit
+def _rotate_query(
+    halves, factors, member, lane, ROTATE: tl.constexpr, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Words (x, y) of `_load_query`'s pairs, rotated, in the order of keys' pairs.
+
+    factors: of the queries' kv head.
+    """
+    PAIRS: tl.constexpr = HEAD_DIM // 8
+    xs, ys = halves
     words = ()
     if ROTATE:
         scaled = load_factors(factors, member * PAIRS, PAIRS, HEAD_DIM)
@@ -474,8 +487,12 @@ def _load_centres(
     member,
     CENTRES_PER_SEGMENT: tl.constexpr,
     PAGE: tl.constexpr,
+    EARLY: tl.constexpr = False,
 ):
-    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth after, as words."""
+    """A lane's quarters of two centres, of `segment`, int32 [threads], and of the eighth after, as words.
+
+    EARLY: as of `load_words`.
+    """
     PAIRS: tl.constexpr = PAGE.head_dim // 8
     ALIGN: tl.constexpr = 16 if PAIRS % 4 == 0 else 8
     words = ()
@@ -483,7 +500,7 @@ def _load_centres(
         own = segment_centres(
             centres, segment + 8 * half, num_segments, kv_head, CENTRES_PER_SEGMENT, PAGE.head_dim
         )
-        words = words + load_words(own + member * PAIRS, PAIRS, ALIGN)
+        words = words + load_words(own + member * PAIRS, PAIRS, ALIGN, EARLY)
     return words
 
 
@@ -590,13 +607,25 @@ def read(
     if window is not None:
         head = tl.cdiv(tl.maximum(seq_len - window - start * 16, 0), 16 * WARPS)
         spans = (window, window + count - 1)
-    # The first page is asked for before the queries, so that they wait together.
+    # All that the first tile needs is asked for before any of it is used: queries and centres come while the
+    # page waits for its number.
     here = tl.minimum(start + warp, last) * 16
     block = tl.load(table + here // PAGE.block_size)
-    # A page waits for its number: each lane loads that of another tile, long before.
+    # Each lane loads the number of another tile's page, long before.
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, PAGE.block_size)
-    page = page_pointer(cache, block, kv_head, block_stride, PAGE)
-    fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    column = group // 2
+    if SETS > 1:
+        column += 4 * (group % 2)
+    halves = ()
+    for j in tl.static_range(IN_REGISTERS + (1 if SHARED_TILES > 0 else 0)):
+        own = first_row + 8 * j + column
+        if j == IN_REGISTERS:
+            # Each warp loads one for all.
+            own += 8 * (warp % SHARED_TILES)
+        # What there is no query for is read as the last one, and never written.
+        own_token, own_head = row_index(first_token, tl.minimum(own, count * GROUP - 1), kv_head, GROUP)
+        source = query + own_token * query_stride_token + own_head * query_stride_head
+        halves = halves + (_load_query(source, member, PAGE.head_dim),)
     CENTRED: tl.constexpr = CENTRES_PER_SEGMENT > 0
     # Each warp works out what 16 segments' centres add to logits, for all; after so many tiles the next ones.
     ROUND: tl.constexpr = _tiles_of_round(WARPS)
@@ -606,28 +635,16 @@ def read(
     centre_words = ()
     if CENTRED:
         centre_words = _load_centres(
-            centres,
-            first_segment + 16 * warp + group,
-            num_segments,
-            kv_head,
-            member,
-            CENTRES_PER_SEGMENT,
-            PAGE,
-        )
-    column = group // 2
-    if SETS > 1:
-        column += 4 * (group % 2)
+            centres, first_segment + 16 * warp + group, num_segments, kv_head, member, CENTRES_PER_SEGMENT,
+            PAGE, True,
+        )  # fmt: skip
+    page = page_pointer(cache, block, kv_head, block_stride, PAGE)
+    fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    hold_loads(thread)
     in_registers = ()
     in_shared = ()
-    for j in tl.static_range(IN_REGISTERS + (1 if SHARED_TILES > 0 else 0)):
-        own = first_row + 8 * j + column
-        if j == IN_REGISTERS:
-            # Each warp loads one for all.
-            own += 8 * (warp % SHARED_TILES)
-        # What there is no query for is read as the last one, and never written.
-        own_token, own_head = row_index(first_token, tl.minimum(own, count * GROUP - 1), kv_head, GROUP)
-        source = query + own_token * query_stride_token + own_head * query_stride_head
-        words = _load_queries(source, query_factors, member, lane, ROTATE, PAGE.head_dim, DTYPE)
+    for j in tl.static_range(len(halves)):
+        words = _rotate_query(halves[j], query_factors, member, lane, ROTATE, PAGE.head_dim, DTYPE)
         if j < IN_REGISTERS:
             in_registers = in_registers + words
         else:
@@ -673,6 +690,7 @@ def read(
                 page = page_pointer(cache, block, kv_head, block_stride, PAGE)
                 there = tl.minimum(chunk + WARPS, last) * 16
                 coming = _fetch(page, there % PAGE.block_size, group, member, PAGE)
+                hold_loads(thread)
                 bounds = ()
                 for k in tl.static_range(SETS + 1):
                     bounds = bounds + (tl.where(chunk < end, limits[k], 0),)

@@ -27,17 +27,18 @@ DYNAMIC = tl.constexpr(1 << 20)
 
 
 @triton.constexpr_function
-def _load_asm(count, vector):
+def _load_asm(count, vector, early):
     """PTX that loads `count` words from [$count] on, `vector` at a time.
 
     Loads of one warp share sectors. L1 has little room left beside tables, but should keep those.
     """
+    path = "" if early else ".nc"
     lines = []
     for first in range(0, count, vector):
         outputs = ", ".join(f"${first + i}" for i in range(vector))
         width = f".v{vector}" if vector > 1 else ""
         operand = f"{{{outputs}}}" if vector > 1 else outputs
-        lines.append(f"ld.global.nc.L1::evict_last{width}.b32 {operand}, [${count} + {4 * first}];")
+        lines.append(f"ld.global{path}.L1::evict_last{width}.b32 {operand}, [${count} + {4 * first}];")
     return "\n".join(lines)
 
 
@@ -68,10 +69,11 @@ def dtypes(dtype, count):
 
 
 @triton.jit
-def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr, EARLY: tl.constexpr = False):
     """COUNT 32-bit words from each thread's pointer on, uint32, as a tuple; for memory nobody writes.
 
-    ALIGN: bytes that every pointer is a multiple of, at least 4.
+    ALIGN: bytes that every pointer is a multiple of, at least 4. EARLY: not to be moved past the next
+    `hold_loads`.
     """
     VECTOR: tl.constexpr = (
         4 if COUNT % 4 == 0 and ALIGN >= 16 else (2 if COUNT % 2 == 0 and ALIGN >= 8 else 1)
@@ -83,19 +85,43 @@ def load_words(pointers, COUNT: tl.constexpr, ALIGN: tl.constexpr):
     elif COUNT == 1:
         words = (
             tl.inline_asm_elementwise(
-                _load_asm(1, 1), "=r,l", [pointers.to(tl.int64)], dtype=tl.uint32, is_pure=True, pack=1
+                _load_asm(1, 1, EARLY),
+                "=r,l",
+                [pointers.to(tl.int64)],
+                dtype=tl.uint32,
+                is_pure=not EARLY,
+                pack=1,
             ),
         )
     else:
         words = tl.inline_asm_elementwise(
-            _load_asm(COUNT, VECTOR),
+            _load_asm(COUNT, VECTOR, EARLY),
             _outputs("r", COUNT) + ",l",
             [pointers.to(tl.int64)],
             dtype=dtypes(tl.uint32, COUNT),
-            is_pure=True,
+            is_pure=not EARLY,
             pack=1,
         )
     return words
+
+
+@triton.jit
+def hold_loads(thread):
+    """Have the EARLY loads before this issued before it.
+
+    ptxas else moves loads down to where they cost fewest registers, and what uses them waits for memory. A
+    load may not pass a barrier of its warp, behind which others might write, unless it is of the path (.nc)
+    for what nobody writes.
+    """
+    if not _INTERPRET:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            "=r,r",
+            [thread],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.constexpr_function

@@ -202,7 +202,7 @@ def _planes(words):
 
 
 @triton.jit
-def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
+def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr, EARLY: tl.constexpr):
     """The bits part * BITS .. + BITS - 1 of each thread's row, as words with the first bit lowest.
 
     page: a multiple of 16. row: int32, where each thread's row starts, in bytes from there on.
@@ -214,7 +214,7 @@ def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
         odd = row & 3
         row -= odd
         bit += odd * 8
-    raw = load_words(page + (row + bit // 32 * 4), (BITS + 63 - GRAIN) // 32, 4)
+    raw = load_words(page + (row + bit // 32 * 4), (BITS + 63 - GRAIN) // 32, 4, EARLY)
     shift = (bit % 32).to(tl.uint32)
     words = ()
     for i in tl.static_range(COUNT):
@@ -223,10 +223,11 @@ def _load_bits(page, row, part, BITS: tl.constexpr, ROW_BYTES: tl.constexpr):
 
 
 @triton.jit
-def load_share(page, slot, group, member, VECTOR: tl.constexpr):
+def load_share(page, slot, group, member, VECTOR: tl.constexpr, EARLY: tl.constexpr = False):
     """A lane's parts of the 16 vectors from token `slot` on, as words for `link` and `point`.
 
-    page: a pointer to the page. slot: int32, a multiple of 16. Lane 4 * group + member.
+    page: a pointer to the page. slot: int32, a multiple of 16. Lane 4 * group + member. EARLY: as of
+    `load_words`.
     """
     ROW_BYTES: tl.constexpr = VECTOR.row_bytes
     codes = page + VECTOR.codes_offset
@@ -237,7 +238,8 @@ def load_share(page, slot, group, member, VECTOR: tl.constexpr):
         for i in tl.static_range(len(PLANES)):
             # One sum in 32 bits, so that the address is one addition.
             own = slot * ROW_BYTES + lane * (4 * PLANES[i][0])
-            words = words + load_words(codes + 128 * PLANES[i][1] + own, PLANES[i][0], 4 * PLANES[i][0])
+            place = codes + 128 * PLANES[i][1] + own
+            words = words + load_words(place, PLANES[i][0], 4 * PLANES[i][0], EARLY)
     else:
         for token in tl.static_range(16 * VECTOR.parts // 32):
             if VECTOR.parts == KEY_PARTS:
@@ -246,7 +248,7 @@ def load_share(page, slot, group, member, VECTOR: tl.constexpr):
             else:
                 row = (slot + 2 * member + token % 2 + token // 2 * 8) * ROW_BYTES
                 part = group
-            words = words + _load_bits(codes, row, part, _part_bits(VECTOR), ROW_BYTES)
+            words = words + _load_bits(codes, row, part, _part_bits(VECTOR), ROW_BYTES, EARLY)
     return words
 
 
