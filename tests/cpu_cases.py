@@ -144,7 +144,7 @@ class Case:
         starts = self.batch.query_start_loc_cpu.tolist()
         return slice(starts[request], starts[request + 1])
 
-    def expected_decode(self, starts: torch.Tensor | None = None) -> Attended:
+    def expected_decode(self) -> Attended:
         """Attention of the decodes, zeros and -inf in all other rows."""
         out = torch.zeros(self.query.shape, dtype=torch.float64)
         lse = torch.full(self.query.shape[1::-1], -torch.inf, dtype=torch.float64)
@@ -157,7 +157,6 @@ class Case:
                     *self.stored(request, length),
                     torch.arange(length - count, length),
                     self.attention,
-                    0 if starts is None else int(starts[request]),
                 )
         return Attended(out, lse)
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def decode(case: Case) -> torch.Tensor:
     return out
 
 
-def decode_from(case: Case, starts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, and log-sum-exp of all rows, from the position `starts` of each request on."""
+def decode_with_lse(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, and log-sum-exp of all rows."""
     out, lse = case.out(), torch.full(case.query.shape[1::-1], UNTOUCHED)
     batch = case.batch
     decode_attention(
@@ -92,7 +93,6 @@ def decode_from(case: Case, starts: torch.Tensor | None) -> tuple[torch.Tensor, 
         LoopTables.of(case.page.slot, case.tables, case.query.dtype),
         case.attention,
         out,
-        starts,
         lse,
     )
     return out, lse
@@ -107,8 +107,8 @@ def check_decode(case: Case) -> None:
     assert torch.equal(case.cache, before)
 
 
-def check_lse(case: Case, starts: torch.Tensor | None = None) -> None:
-    (out, lse), want = decode_from(case, starts), case.expected_decode(starts)
+def check_lse(case: Case) -> None:
+    (out, lse), want = decode_with_lse(case), case.expected_decode()
     owned = case.batch.num_decode_tokens
     assert relative_error(out[:owned], want.out[:owned]) < TOLERANCE[case.query.dtype]
     nothing = torch.isneginf(want.lse)
@@ -135,13 +135,12 @@ def test_what_is_expected_is_the_reference(centred: bool) -> None:
     read = reference.read_kv(case.cache, table, 270, case.page, order, case.query.dtype, case.tables)
     for have, want in zip(case.stored(0, 270), read, strict=True):
         assert relative_error(have, want) < 1e-6
-    starts = torch.tensor([3, 1])
     batch = case.batch
     want = reference.attention(
         case.query, case.cache, batch.block_table, batch.seq_lens, batch.query_start_loc, case.page, order,
-        case.attention, starts, case.tables,
+        case.attention, case.tables,
     )  # fmt: skip
-    have = case.expected_decode(starts)
+    have = case.expected_decode()
     assert relative_error(have.out, want.out) < 1e-6
     assert (have.lse - want.lse).abs().max() < 1e-5
 
@@ -164,7 +163,6 @@ def test_decode_with_centres(preset: str, dtype: torch.dtype) -> None:
     assert signs[case.batch.block_table[3, 1:10].long()].all() == (preset != LOSSLESS)
     check_decode(case)
     check_lse(case)
-    check_lse(case, torch.tensor([0, 255, 256, 257, 9], dtype=torch.int32))
 
 
 def test_decode_past_the_last_centre() -> None:
@@ -203,23 +201,8 @@ def test_decode_gives_the_same_whatever_the_number_of_threads(threads: int) -> N
     torch.set_num_threads(threads)
     try:
         check_decode(case)
-        check_lse(case, torch.tensor([77, 0], dtype=torch.int32))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("block_size", [16, 48, 128])
-@pytest.mark.parametrize(
-    "starts",
-    [[0, 0, 0, 0], [1, 15, 16, 17], [100, 63, 65, 0], [299, 130, 64, 1], [300, 131, 1000, 8]],
-    ids=str,
-)
-def test_decode_from_a_token_of_each_request(block_size: int, starts: list[int]) -> None:
-    """Also from tokens past some of the queries, past all of them, and past the end."""
-    case = make_case(
-        page_for("polarquant_k3v3", 64, block_size), [(300, 2), (131, 1), (67, 3), (9, 4)], padding=1
-    )
-    check_lse(case, torch.tensor(starts, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 128])
@@ -245,22 +228,20 @@ def test_decode_of_every_format_and_kind(preset: str, kind: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("starts", [None, [0, 255, 256, 257, 9], [3000, 0, 200, 510, 38]], ids=str)
-def test_decode_of_all_kinds_at_once(starts: list[int] | None, dtype: torch.dtype) -> None:
+def test_decode_of_all_kinds_at_once(dtype: torch.dtype) -> None:
     case = make_case(
         page_for("polarquant_k3v2", 128, 32), AT_EDGES, dtype=dtype, group=GROUP, centred=True,
         window=70, soft_cap=2.0, sinks=SINKS,
     )  # fmt: skip
-    check_lse(case, None if starts is None else torch.tensor(starts, dtype=torch.int32))
+    check_lse(case)
 
 
 def test_a_sink_is_all_that_a_query_without_keys_has() -> None:
     case = make_case(page_for(K4V4, 64), [(40, 1), (0, 1), (9, 3)], group=GROUP, sinks=SINKS)
-    starts = torch.tensor([40, 0, 7], dtype=torch.int32)
-    check_lse(case, starts)
-    out, lse = decode_from(case, starts)
-    assert not out[:3].any() and out[3:5, :5].any(dim=-1).all()
-    assert torch.equal(lse[:, :3], SINKS[:, None].expand(-1, 3))
+    check_lse(case)
+    out, lse = decode_with_lse(case)
+    assert not out[1].any() and out[2:5, :5].any(dim=-1).all()
+    assert torch.equal(lse[:, 1], SINKS)
 
 
 def test_exponentials_of_logits_below_the_largest() -> None:
@@ -274,8 +255,8 @@ def test_exponentials_of_logits_below_the_largest() -> None:
 
 def test_parts_of_a_context_merge_by_their_lse() -> None:
     case = make_case(page_for(K4V4, 128, 32), [(200, 1)])
-    whole, whole_lse = decode_from(case, None)
-    after, after_lse = decode_from(case, torch.tensor([75], dtype=torch.int32))
+    whole, whole_lse = decode_with_lse(case)
+    after, after_lse = decode_with_lse(replace(case, attention=replace(case.attention, window=200 - 75)))
     key, value = (x.double() for x in case.stored(0, 75))
     first = reference.dense_attention(case.query, key, value, torch.tensor([74]), case.attention)
     assert (torch.logaddexp(first.lse, after_lse.double()) - whole_lse).abs().max() < 0.01

@@ -32,7 +32,6 @@ ATTENTIONS = {
     "sinks": Attention(0.125, sinks=SINKS),
     "all": Attention(0.5, window=7, soft_cap=3.0, sinks=SINKS),
 }
-STARTS = {"from 0": None, "from tokens": torch.tensor([9, 0, 0, 12, 5], dtype=torch.int32)}
 
 
 class Requests:
@@ -56,7 +55,7 @@ class Requests:
         # Two rows of no request.
         self.query = torch.randn(int(self.starts[-1]) + 2, HEADS, 64).half()
 
-    def attend(self, attention: Attention, starts: torch.Tensor | None) -> Attended:
+    def attend(self, attention: Attention) -> Attended:
         return reference.attention(
             self.query,
             self.cache,
@@ -66,7 +65,6 @@ class Requests:
             PAGE,
             reference.rows(PAGE),
             attention,
-            starts,
         )
 
 
@@ -90,17 +88,14 @@ def one_query(
     return out, math.log(total) if total else -math.inf
 
 
-@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
 @pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS)
-def test_attention_token_by_token(attention: Attention, starts: torch.Tensor | None) -> None:
+def test_attention_token_by_token(attention: Attention) -> None:
     requests = Requests()
-    have = requests.attend(attention, starts)
+    have = requests.attend(attention)
     row = 0
     for request, (length, count) in enumerate(zip(SEQ_LENS, QUERY_LENS, strict=True)):
         for position in range(length - count, length):
-            first = 0 if starts is None else int(starts[request])
-            if attention.window is not None:
-                first = max(first, position - attention.window + 1)
+            first = 0 if attention.window is None else max(0, position - attention.window + 1)
             for head in (0, 2, 3, 5):
                 kv_head = head * KV_HEADS // HEADS
                 out, lse = one_query(
@@ -121,7 +116,7 @@ def test_attention_token_by_token(attention: Attention, starts: torch.Tensor | N
 @pytest.mark.parametrize("window", [None, 1, 5, 36])
 def test_attention_is_torchs_with_a_mask(window: int | None) -> None:
     requests = Requests()
-    have = requests.attend(Attention(0.125, window=window), None)
+    have = requests.attend(Attention(0.125, window=window))
     for request, (length, count) in enumerate(zip(SEQ_LENS, QUERY_LENS, strict=True)):
         if not count:
             continue
@@ -155,13 +150,12 @@ def test_a_sink_is_a_token_without_a_value() -> None:
 
 
 def test_parts_merge_by_their_lse() -> None:
-    """Tokens before a start and those from it on make the whole, the sinks counted once."""
+    """Tokens before a window and those in it make the whole."""
     requests = Requests()
-    starts = torch.tensor([20, 0, 0, 0, 3], dtype=torch.int32)
-    whole = requests.attend(Attention(0.125), None)
-    after = requests.attend(Attention(0.125), starts)
-    for request, row in ((0, 2), (4, 24)):
-        first = int(starts[request])
+    whole = requests.attend(Attention(0.125))
+    for request, row, first in ((0, 2, 20), (4, 24, 3)):
+        # The request's last query.
+        after = requests.attend(Attention(0.125, window=SEQ_LENS[request] - first))
         query = requests.query[row : row + 1]
         before = reference.dense_attention(
             query,
@@ -179,12 +173,12 @@ def test_parts_merge_by_their_lse() -> None:
 
 def test_nothing_seen_is_zeros_and_no_mass() -> None:
     requests = Requests()
-    beyond = torch.tensor([37, 1, 0, 999, 5], dtype=torch.int32)
-    have = requests.attend(Attention(0.125), beyond)
+    none, position = requests.keys[0][:0], torch.zeros(2, dtype=torch.int64)
+    have = reference.dense_attention(requests.query[:2], none, none, position, Attention(0.125))
     assert not have.out.any() and torch.isneginf(have.lse).all()
-    sinks = requests.attend(Attention(0.125, sinks=SINKS), beyond)
+    sinks = reference.dense_attention(requests.query[:2], none, none, position, Attention(0.125, sinks=SINKS))
     assert not sinks.out.any()
-    assert torch.equal(sinks.lse[:, :25], SINKS.double()[:, None].expand(6, 25))
+    assert torch.equal(sinks.lse, SINKS.double()[:, None].expand(6, 2))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +227,7 @@ def test_keys_with_a_mean_and_sinks_come_back(preset: str, dtype: torch.dtype) -
     query = torch.randn(3, 4, 64).to(dtype)
     attended = reference.attention(
         query, cache, blocks[None], torch.tensor([600]), torch.tensor([0, 3]), page, order,
-        Attention(0.125), None, held,
+        Attention(0.125), held,
     )  # fmt: skip
     want = reference.dense_attention(query, *back, torch.arange(597, 600), Attention(0.125))
     assert torch.equal(attended.out, want.out) and torch.equal(attended.lse, want.lse)

@@ -222,7 +222,6 @@ def dense_attention(
     value: torch.Tensor,
     position: torch.Tensor,
     attention: Attention,
-    start: int = 0,
 ) -> Attended:
     """Attention in float64 of one request's queries on its keys.
 
@@ -231,7 +230,6 @@ def dense_attention(
         key, value: [length, kv heads, d], of positions 0 .. length - 1.
         position: int64 [n], of each query: it sees keys up to its own, or the last `window` of those.
         attention: scale, window, soft cap and sinks.
-        start: the first position that any query sees.
 
     Returns:
         Outputs, zeros where a query sees nothing; log-sum-exps, in which sinks take part.
@@ -242,7 +240,7 @@ def dense_attention(
     if attention.soft_cap is not None:
         logits = attention.soft_cap * (logits / attention.soft_cap).tanh()
     token = torch.arange(len(key), device=query.device)
-    visible = (token <= position[:, None]) & (token >= start)
+    visible = token <= position[:, None]
     if attention.window is not None:
         visible &= token > position[:, None] - attention.window
     logits = logits.masked_fill(~visible, float("-inf"))
@@ -263,7 +261,6 @@ def attention(
     page: Page,
     order: Order,
     attention: Attention,
-    starts: torch.Tensor | None = None,
     tables: Tables | None = None,
 ) -> Attended:
     """Causal paged attention in float64.
@@ -277,7 +274,6 @@ def attention(
         page: of the cache.
         order: of the bytes of its codes.
         attention: scale, window, soft cap and sinks.
-        starts: int32 [R], the first position of each request that its queries see; None for 0.
         tables: of the layer; None for codec.tables, without centres.
 
     Returns:
@@ -285,14 +281,13 @@ def attention(
     """
     out = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
     lse = torch.full(query.shape[1::-1], float("-inf"), dtype=torch.float64, device=query.device)
-    firsts = [0] * len(seq_lens) if starts is None else starts.tolist()
     ends = query_start_loc.tolist()
-    for request, (length, first) in enumerate(zip(seq_lens.tolist(), firsts, strict=True)):
+    for request, length in enumerate(seq_lens.tolist()):
         mine = slice(ends[request], ends[request + 1])
         count = mine.stop - mine.start
         if not count or not length:
             continue
         key, value = read_kv(cache, block_table[request], length, page, order, query.dtype, tables)
         position = torch.arange(length - count, length, device=query.device)
-        out[mine], lse[:, mine] = dense_attention(query[mine], key, value, position, attention, first)
+        out[mine], lse[:, mine] = dense_attention(query[mine], key, value, position, attention)
     return Attended(out, lse)

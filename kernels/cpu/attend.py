@@ -25,7 +25,6 @@ def decode_attention(
     tables: LoopTables,
     attention: Attention,
     out: torch.Tensor,
-    starts: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of R requests; scratch memory grows with their queries, not with their contexts.
@@ -40,7 +39,6 @@ def decode_attention(
         tables: of the layer.
         attention: of the layer.
         out: like query, written; rows of no request are left alone.
-        starts: int32 [R], the first position of each request that its queries see; None for 0.
         lse: float32 [num_heads, T], written likewise: the natural logarithm of the sum of exp, sinks
             included, -inf where there is nothing. Outputs of queries that see no key are zeros.
     """
@@ -48,8 +46,6 @@ def decode_attention(
     requests, heads = len(seq_lens), cache.shape[1]
     tokens = int(query_start_loc[requests])
     query = query[:tokens].float().contiguous()
-    if starts is None:
-        starts = torch.zeros_like(seq_lens)
     splits = max(1, -(-2 * threads // max(1, requests * heads)))
     split_out = torch.empty(splits, *query.shape).numpy()
     split_max, split_sum = torch.empty(2, splits, *query.shape[:2]).numpy()
@@ -59,7 +55,7 @@ def decode_attention(
     merged, merged_lse = torch.empty_like(query), torch.empty(query.shape[1], tokens)
     key_region, value_region = regions(page)
     read.attend(
-        query.numpy(), query_start_loc.numpy(), seq_lens.numpy(), starts.numpy(), np.float32(attention.scale),
+        query.numpy(), query_start_loc.numpy(), seq_lens.numpy(), np.float32(attention.scale),
         attention.window or NO_WINDOW, np.float32(attention.soft_cap or 0), sinks.numpy(),
         block_table.contiguous().numpy(), heads, *open_cache(cache, page), tables.bases, tables.key.reader,
         key_region, tables.key.centres, tables.value.reader, value_region, split_out, split_max, split_sum,

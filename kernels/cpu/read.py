@@ -169,14 +169,14 @@ def _join(split_out, split_max, split_sum, sink, restoring, token, head, out):
 
 @njit(cache=True, parallel=True, fastmath=True)
 def attend(
-    query, query_start, seq_lens, starts, scale, window, soft_cap, sinks, block_table, heads, memory, blocks,
-    bases, key, key_region, centres, value, value_region, split_out, split_max, split_sum, out, lse,
+    query, query_start, seq_lens, scale, window, soft_cap, sinks, block_table, heads, memory, blocks, bases,
+    key, key_region, centres, value, value_region, split_out, split_max, split_sum, out, lse,
 ):  # fmt: skip
     """Flash attention of one (request, kv head, split) a task.
 
-    query f32 [T, Hq, d], starts i32 [R], window int, soft_cap f32, 0 for none, sinks f32 [Hq], -inf for
-    none. split_out f32 [splits, T, Hq, d], split_max and split_sum [splits, T, Hq] are scratch. out
-    f32 [T, Hq, d] and lse f32 [Hq, T] are written for every query of every request.
+    query f32 [T, Hq, d], window int, soft_cap f32, 0 for none, sinks f32 [Hq], -inf for none. split_out
+    f32 [splits, T, Hq, d], split_max and split_sum [splits, T, Hq] are scratch. out f32 [T, Hq, d] and lse
+    f32 [Hq, T] are written for every query of every request.
 
     All in one parallel loop: where others want the same cores, each loop waits for them once more.
     """
@@ -194,7 +194,7 @@ def attend(
         first = query_start[request]
         count = query_start[request + 1] - first
         # The earliest query's window. Blocks before it may be gone.
-        visible = max(starts[request], length - count + 1 - window, 0)
+        visible = max(length - count + 1 - window, 0)
         rows = count * group
         rotated = np.empty((max(rows, 1), d), np.float32)
         for row in range(rows):
@@ -254,7 +254,7 @@ def attend(
                     for t in range(step):
                         weights[row, t] = soft_cap * math.tanh(weights[row, t] / soft_cap)
                 past = length - count + token + 1
-                for t in range(min(max(visible, past - window) - start, step)):
+                for t in range(min(past - window - start, step)):
                     weights[row, t] = _MASKED
                 for t in range(max(0, past - start), step):
                     weights[row, t] = _MASKED
