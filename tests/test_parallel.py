@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 
 from vllm_polarquant.eval.bench.parallel import (
     ALONE,
@@ -17,6 +18,7 @@ from vllm_polarquant.eval.bench.parallel import (
     Arrays,
     failures,
     findings,
+    kept,
     run,
     table_difference,
 )
@@ -121,6 +123,24 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
     }  # fmt: skip
     found = run(job, ALONE, tmp_path, limit_s=120)
     assert isinstance(found, str) and "nothing" in found
+
+
+def test_a_report_goes_on_behind_an_earlier_one_of_the_same_machine() -> None:
+    old = {
+        "environment": {"device": "H200", "date": "2026-11-24"}, "command": "first", "job": {"rows": 1},
+        "layouts": {"one auto": {}}, "large": {"auto": {}},
+    }  # fmt: skip
+    new = {
+        "environment": {"device": "H200", "date": "2026-11-25"}, "command": "second", "job": {"rows": 2},
+        "layouts": {}, "large": {},
+    }  # fmt: skip
+    both = kept(old, new)
+    days = {"date": "2026-11-24, 2026-11-25"}
+    assert both == old | {
+        "job": new["job"], "command": "first && second", "environment": old["environment"] | days,
+    }  # fmt: skip
+    with pytest.raises(typer.BadParameter, match="device: H200, now H100"):
+        kept(old, new | {"environment": {"device": "H100", "date": "2026-11-25"}})
 
 
 @pytest.mark.gpu
