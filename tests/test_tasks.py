@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,22 +124,26 @@ def test_the_command_names_unknown_tasks_and_wrong_limits(tmp_path: Path) -> Non
     assert "'--limit'" in wrong and "greater than or equal to 1" in wrong
 
 
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test see files as they are now; others keep what took seconds to read."""
+    for name in ("describe", "manager"):
+        monkeypatch.setattr(lookup, name, cache(getattr(lookup, name).__wrapped__))
+
+
 def test_the_command_says_how_to_install_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cached in (lookup.describe, lookup.manager):
-        cached.cache_clear()
+    forget(monkeypatch)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert "pip install 'lm-eval" in command(tmp_path, {"task": "probe_text"})
 
 
-def test_results_are_named_by_the_task_itself(tmp_path: Path) -> None:
+def test_results_are_named_by_the_task_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A changed file beside a user's task, or another limit, is another result."""
 
     def write(template: str) -> None:
         (tmp_path / "mine.yaml").write_text(
             f"task: mine\ndataset_path: json\noutput_type: generate_until\ndoc_to_text: '{template}'\n"
         )
-        for cached in (lookup.describe, lookup.manager):
-            cached.cache_clear()
+        forget(monkeypatch)
 
     write("{{a}}")
     first = lookup.describe("mine", str(tmp_path))
