@@ -53,8 +53,8 @@ def decode_kernel(capability: int, page: Page, sets: int, plain: bool, centred: 
     launch = DecodeLaunch.of(page.slot, sets, H200)
     constants: dict[str, Any] = {
         "GROUP": 4 * sets, "MAX_SPLITS": decode.MAX_SPLITS, "ITEM_WORDS": decode.ITEM_WORDS,
-        "SETS": sets, "SHARED_TILES": launch.shared_tiles, "JOINED": launch.joined, "WARPS": launch.warps,
-        "COPIES": 32 if capability in (80, 90) else 16,
+        "SETS": sets, "SHARED_TILES": launch.shared_tiles, "JOINED": launch.joined, "HOLD": launch.hold,
+        "WARPS": launch.warps, "COPIES": 32 if capability in (80, 90) else 16,
         "ROTATE": is_hadamard(page.slot.head_dim), "CENTRES_PER_SEGMENT": 8 if centred else 0,
         "SOFT_CAP": None if plain else 50.0, "PAGE": page_constants(page),
     }  # fmt: skip

@@ -59,7 +59,7 @@ _MARGIN = tl.constexpr(8.0)
 def _fetch(page, slot, group, member, PAGE: tl.constexpr):
     """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8.
 
-    A `hold_loads` must follow.
+    A `hold_loads` may follow.
     """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
@@ -563,6 +563,7 @@ def read(
     SETS: tl.constexpr,
     SHARED_TILES: tl.constexpr,
     JOINED: tl.constexpr,
+    HOLD: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
@@ -575,7 +576,7 @@ def read(
     table: the request's row of the block table. window: how many tokens a query sees, or None for all.
     first_token, count: the request's queries. first_row: the first of the rows that this program takes.
     SHARED_TILES: of eight queries whose operands lie in shared memory, from SHARED on, before the centres'
-    bonuses.
+    bonuses. HOLD: of DecodeLaunch.
     """
     DTYPE: tl.constexpr = query.dtype.element_ty
     WARPS: tl.constexpr = thread.shape[0] // 32
@@ -690,7 +691,9 @@ def read(
                 page = page_pointer(cache, block, kv_head, block_stride, PAGE)
                 there = tl.minimum(chunk + WARPS, last) * 16
                 coming = _fetch(page, there % PAGE.block_size, group, member, PAGE)
-                hold_loads(thread)
+                # A short request is masked tiles.
+                if HOLD or PHASE != 1:
+                    hold_loads(thread)
                 bounds = ()
                 for k in tl.static_range(SETS + 1):
                     bounds = bounds + (tl.where(chunk < end, limits[k], 0),)

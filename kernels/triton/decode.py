@@ -193,6 +193,7 @@ def _decode_kernel(
     SETS: tl.constexpr,
     SHARED_TILES: tl.constexpr,
     JOINED: tl.constexpr,
+    HOLD: tl.constexpr,
     WARPS: tl.constexpr,
     COPIES: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -251,8 +252,8 @@ def _decode_kernel(
                     recomputed(thread), query, query_stride_token, query_stride_head, own_factors, cache,
                     block_stride, block_table + request.to(tl.int64) * table_stride, seq_len, window,
                     first_token, count, first_row, start, end, kv_head, key_lut, value_lut, centres,
-                    num_segments, scale_log2, GROUP, SETS, SHARED_TILES, JOINED, COPIES, ROTATE, SOFT_CAP,
-                    CENTRES_PER_SEGMENT, SHARED, PAGE,
+                    num_segments, scale_log2, GROUP, SETS, SHARED_TILES, JOINED, HOLD, COPIES, ROTATE,
+                    SOFT_CAP, CENTRES_PER_SEGMENT, SHARED, PAGE,
                 )  # fmt: skip
                 write(
                     recomputed(thread), state, sinks, output_factors, out, out_stride_token, out_stride_head,
@@ -433,6 +434,7 @@ def decode_attention(
         SETS=rows.sets,
         SHARED_TILES=launch.shared_tiles,
         JOINED=launch.joined,
+        HOLD=launch.hold,
         WARPS=launch.warps,
         COPIES=gpu.table_copies,
         ROTATE=page.slot.key.rotated and not separate,

@@ -32,6 +32,9 @@ _ALL_COPIES = 160 << 10
 _REGISTERS = 65536
 """Registers of an SM, of every GPU that Triton compiles for."""
 
+_SHARED_REGISTERS = 128
+"""Registers of a thread with which an SM runs 16 warps."""
+
 MAX_PROGRAMS_PER_SM = 4
 """Programs of decode attention at most that an SM runs at once."""
 
@@ -154,6 +157,15 @@ class DecodeLaunch:
     shared_tiles: int
     joined: bool
     programs_per_sm: int
+
+    @property
+    def hold(self) -> bool:
+        """Whether the next tile's loads are held where a tile begins (`lanes.hold_loads`).
+
+        Few warps with many registers wait for memory otherwise; where 16 warps share an SM, the registers
+        that it takes cost more.
+        """
+        return self.registers > _SHARED_REGISTERS
 
     @classmethod
     @cache

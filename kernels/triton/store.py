@@ -254,12 +254,13 @@ def _encode(
             words = tl.load(centre[:, None] + pair[None, :], mask=mask, other=0)
             c1, c2 = unpack_halves(words.to(tl.uint32, bitcast=True), x.dtype.element_ty)
             per_amax = tl.where(usable, 1.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
-            c1 = y1 - c1 * per_amax
-            c2 = y2 - c2 * per_amax
-            # Not where the difference is not finite.
-            centred = tl.sum(c1 * c1 + c2 * c2, axis=1) < tl.sum(y1 * y1 + y2 * y2, axis=1)
-            y1 = tl.where(centred[:, None], c1, y1)
-            y2 = tl.where(centred[:, None], c2, y2)
+            c1 *= per_amax
+            c2 *= per_amax
+            # Where |y - c| < |y|, in one sum; not where that is not finite.
+            nearer = tl.sum(c1 * (2 * y1 - c1) + c2 * (2 * y2 - c2), axis=1)
+            centred = (nearer > 0) & (nearer < float("inf"))
+            y1 = tl.where(centred[:, None], y1 - c1, y1)
+            y2 = tl.where(centred[:, None], y2 - c2, y2)
 
         if CODE == FP8:
             peak = tl.max(tl.maximum(tl.abs(y1), tl.abs(y2)), axis=1)
