@@ -147,7 +147,7 @@ REFUSED = {
     "mllama": (LLAMA | {"cross_attention_layers": [3, 8]}, ["encoder or cross attention"], "without"),
     "bert": (BERT, ["encoder or cross attention"], "without"),
     "roberta": ({"architectures": ["XLMRobertaModel"]}, ["encoder or cross attention"], "without"),
-    "head_dim 160": (LLAMA | {"head_dim": 160}, ["head_dim"], "64, 80, 96, 112, 128, 192, 256"),
+    "head_dim 160": (LLAMA | {"head_dim": 160}, ["head_dim"], "64, 80, 96, 112, 128, 192, 256, 512"),
     "float64": (LLAMA | {"dtype": "float64"}, ["dtype"], "--dtype bfloat16"),
 }
 

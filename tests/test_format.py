@@ -23,16 +23,16 @@ from vllm_polarquant.reference import rows
 # Bytes of one token in one kv head. A vector of d coordinates takes d/4 bytes at 2 bits, 3d/8 at 3,
 # d/2 at 4 and d at 8; the two radii take 4.
 SLOT_BYTES = {
-    #                   64   80   96  112  128  192  256
-    "polarquant_k8v4": (100, 124, 148, 172, 196, 292, 388),
-    "polarquant_k4v4": (68, 84, 100, 116, 132, 196, 260),
-    "polarquant_k4v3": (60, 74, 88, 102, 116, 172, 228),
-    "polarquant_k3.5v3.5": (60, 74, 88, 102, 116, 172, 228),
-    "polarquant_k3v3": (52, 64, 76, 88, 100, 148, 196),
-    "polarquant_k2.5v2.5": (44, 54, 64, 74, 84, 124, 164),
-    "polarquant_k3v2": (44, 54, 64, 74, 84, 124, 164),
-    "polarquant_k2v2": (36, 44, 52, 60, 68, 100, 132),
-    LOSSLESS: (260, 324, 388, 452, 516, 772, 1028),
+    #                   64   80   96  112  128  192  256  512
+    "polarquant_k8v4": (100, 124, 148, 172, 196, 292, 388, 772),
+    "polarquant_k4v4": (68, 84, 100, 116, 132, 196, 260, 516),
+    "polarquant_k4v3": (60, 74, 88, 102, 116, 172, 228, 452),
+    "polarquant_k3.5v3.5": (60, 74, 88, 102, 116, 172, 228, 452),
+    "polarquant_k3v3": (52, 64, 76, 88, 100, 148, 196, 388),
+    "polarquant_k2.5v2.5": (44, 54, 64, 74, 84, 124, 164, 324),
+    "polarquant_k3v2": (44, 54, 64, 74, 84, 124, 164, 324),
+    "polarquant_k2v2": (36, 44, 52, 60, 68, 100, 132, 260),
+    LOSSLESS: (260, 324, 388, 452, 516, 772, 1028, 2052),
 }
 EVERY_PAGE = [
     Page(Slot(preset, head_dim), block_size)
@@ -42,7 +42,7 @@ EVERY_PAGE = [
 
 def test_every_preset_has_pinned_bytes():
     assert set(SLOT_BYTES) == {*PRESETS, LOSSLESS}
-    assert HEAD_DIMS == (64, 80, 96, 112, 128, 192, 256)
+    assert HEAD_DIMS == (64, 80, 96, 112, 128, 192, 256, 512)
     assert DEFAULT_PRESET in PRESETS
 
 

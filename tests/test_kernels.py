@@ -185,9 +185,11 @@ def test_store_agrees_with_the_reference(preset, head_dim, device):
     check_store(key, value, have, want, slots, page)
 
 
-@pytest.mark.parametrize(("preset", "head_dim"), [(K4V4, 64), ("polarquant_k3v2", 80)])
+@pytest.mark.parametrize(("preset", "head_dim"), [(K4V4, 64), ("polarquant_k3v2", 80), (K4V4, 512)])
 def test_store_of_many_tokens_finds_the_codes_of_few(preset, head_dim, device):
     """Windows of the search go side by side for few tokens, one after the other for many."""
+    if device.type == "cpu" and head_dim > 80:
+        pytest.skip("only a GPU is fast enough for long vectors")
     page = page_for(preset, head_dim)
     key, value = (vectors((9, 2, head_dim), torch.bfloat16, device) for _ in "kv")
     few, many, want = (empty_cache(page, 2, 2, device) for _ in "fmw")
@@ -549,6 +551,10 @@ def test_decode_of_every_kind(kind, num_sms, device):
         (LOSSLESS, 64, 16, torch.float16, False),
         (K4V4, 128, 16, torch.bfloat16, True),
         (K4V4, 256, 16, torch.float16, True),
+        (K4V4, 512, 32, torch.bfloat16, True),
+        ("polarquant_k8v4", 512, 16, torch.float16, False),
+        ("polarquant_k2v2", 512, 16, torch.bfloat16, True),
+        (LOSSLESS, 512, 16, torch.bfloat16, False),
     ],
 )
 def test_decode_of_every_kind_and_format(preset, head_dim, block_size, dtype, centred, kind, device):
@@ -597,6 +603,12 @@ def test_decode_of_every_number_of_rows(preset, head_dim, queries, group, device
 )
 def test_decode_of_several_tiles_of_rows(preset, queries, group, device):
     check_rows(preset, 64, queries, group, 60, device, num_sms=2)
+
+
+def test_decode_of_values_that_come_late(device):
+    """Of head_dim 512 registers hold the next chunk's keys, not its values."""
+    batch = make_batch(page_for(K4V4, 512), [100], [1], torch.float16, device, 1, 4, centred=True)
+    check_decode(batch, 1, num_sms=1)
 
 
 @pytest.mark.slow
@@ -664,8 +676,10 @@ def test_decode_ignores_other_tokens_radii(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("preset", "head_dim"), [(p, 64) for p in ALL_PRESETS] + [(K4V4, 80)])
+@pytest.mark.parametrize(("preset", "head_dim"), [(p, 64) for p in ALL_PRESETS] + [(K4V4, 80), (K4V4, 512)])
 def test_gather_unpacks_a_prefix(preset, head_dim, dtype, device):
+    if device.type == "cpu" and head_dim > 80:
+        pytest.skip("only a GPU is fast enough for long vectors")
     page = page_for(preset, head_dim)
     batch = make_batch(page, [50, 9, 33], [1, 1, 1], dtype, device, layout="BLNHC")
     start, length = [16, 0, 3], [34, 0, 30]
@@ -697,7 +711,7 @@ def test_gather_unpacks_a_prefix(preset, head_dim, dtype, device):
     assert value[64:].isnan().all()
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 192, 256, 512])
 def test_merge_weighs_by_log_sum_exp(head_dim, device):
     page = page_for(K4V4, head_dim)
     out = torch.randn(7, 6, head_dim, device=device).half()[:, 1:5]
@@ -732,7 +746,7 @@ def test_shared_memory_of_decode_can_be_had_by_a_launch(preset, head_dim, copies
         if sets > launches.config("decode", page.slot, gpu)["max_sets"]:
             continue
         chosen = launches.DecodeLaunch.of(page.slot, sets, gpu)
-        layout = launches.table_layout(constants.keys.code, constants.values.code, copies, sets)
+        layout = launches.table_layout(constants.keys.code, constants.values.code, copies, sets, head_dim)
         static, dynamic = layout[2:]
         if not dynamic:
             registers = launches.registers_of_output(head_dim, chosen.warps)

@@ -20,7 +20,8 @@ from vllm_polarquant import reference
 from vllm_polarquant.attention import Attention
 from vllm_polarquant.codec import tables
 from vllm_polarquant.format import LOSSLESS
-from vllm_polarquant.kernels.ops import Batch, LayerShape, Limits
+from vllm_polarquant.kernels.ops import Batch, DenseAttention, LayerShape, Limits
+from vllm_polarquant.kernels.triton import dense as triton_dense
 from vllm_polarquant.kernels.triton.launch import Gpu
 from vllm_polarquant.kernels.triton.ops import ShortPrefills, TritonOperations, TritonPlan
 from vllm_polarquant.kernels.triton.page_io import lane_order
@@ -120,10 +121,11 @@ def make_case(
     prefix_tokens: int = 48,
     attention: Attention | None = None,
     from_pages: bool = False,
+    dense: DenseAttention = dense_attention,
 ) -> Case:
     """Requests of (context, query) tokens; what is new is in the pages too, as store has written it.
 
-    Blocks before a window are out of range.
+    Blocks before a window are out of range. dense: of the chunks and prefixes.
     """
     requests = decodes + prefills
     order, slot = lane_order(page), page.slot
@@ -171,7 +173,7 @@ def make_case(
     ops = TritonOperations(
         LayerShape(slot, HEADS * GROUP, HEADS, dtype, device),
         Limits(len(requests) + 1, decode_len),
-        dense_attention,
+        dense,
         replace(Gpu.of(device), num_sms=4),
         prefix_tokens,
     )
@@ -243,6 +245,18 @@ def test_prefill_of_every_kind(kind, from_pages, device):
     page, attention = page_for(K4V4, 64), attention_of(kind, device)
     case = make_case(page, [(70, 1)], PREFILLS, device, torch.float16, 32, attention, from_pages)
     check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+@pytest.mark.parametrize("from_pages", [False, True])
+@pytest.mark.parametrize("kind", ["all", "plain"])
+@pytest.mark.parametrize("preset", [K4V4, "polarquant_k8v4", LOSSLESS])
+def test_prefill_past_the_head_dims_of_flash_attention(preset, kind, from_pages, device):
+    page, attention = page_for(preset, 512), attention_of(kind, device, 512)
+    prefills = [(150, 133), (0, 70), (700, 40)]
+    dense = triton_dense.dense_attention
+    check(make_case(page, [(70, 1)], prefills, device, torch.bfloat16, 256, attention, from_pages, dense))
 
 
 @pytest.mark.parametrize("kind", ["all", "plain"])

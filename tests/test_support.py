@@ -108,7 +108,7 @@ def test_fast_prefill_is_refused() -> None:
     [
         ({"attn_type": "encoder_only"}, ["encoder or cross attention (encoder_only)"]),
         ({"dtype": torch.float32}, ["a model in float32", "--dtype bfloat16 or float16"]),
-        ({"head_size": 48}, ["head_dim 48", "64, 80, 96, 112, 128, 192, 256"]),
+        ({"head_size": 48}, ["head_dim 48", "64, 80, 96, 112, 128, 192, 256, 512"]),
         ({"block_size": 24}, ["block size of 24", "pass --block-size 16"]),
     ],
 )

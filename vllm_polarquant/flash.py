@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention as the dense attention that kernels take."""
+"""The dense attention that kernels take on a GPU: vLLM's FlashAttention, or Triton's past its head_dims."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import torch
 
 from vllm_polarquant.kernels.ops import DenseAttention
 
+FLASH_HEAD_DIM = 256
+"""The largest head_dim of FlashAttention 2 and 3. Version 4 takes 512, on Hopper alone."""
+
 
 def flash_attention(head_dim: int) -> DenseAttention:
-    """FlashAttention of the version that vLLM picks for a head_dim; see kernels.ops.DenseAttention."""
+    """FlashAttention of the version that vLLM picks for a head_dim; see kernels.ops.DenseAttention.
+
+    Past FLASH_HEAD_DIM it is the Triton kernel of kernels/triton/dense.py, on every GPU.
+    """
+    if head_dim > FLASH_HEAD_DIM:
+        from vllm_polarquant.kernels.triton.dense import dense_attention
+
+        return dense_attention
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
     version = get_flash_attn_version(head_size=head_dim)

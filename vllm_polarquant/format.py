@@ -15,7 +15,7 @@ FORMAT_VERSION = 4
 SEED = 42
 """Seed of the rotation that every page is written with."""
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 SCALAR_BITS = 8.0
 RADIUS_BYTES = 2

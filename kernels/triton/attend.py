@@ -56,19 +56,20 @@ _MARGIN = tl.constexpr(8.0)
 
 
 @triton.jit
-def _fetch(page, slot, group, member, PAGE: tl.constexpr):
+def _fetch(page, slot, group, member, LATE_VALUES: tl.constexpr, PAGE: tl.constexpr):
     """A lane's shares of the 16 tokens from `slot` of a page on, then radii of tokens g and g + 8.
 
-    A `hold_loads` may follow.
+    LATE_VALUES: without the values' shares. A `hold_loads` may follow.
     """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     both_radii = page + KEYS.radius_offset + (slot + group) * RADIUS_STRIDE
-    return (
-        load_share(page, slot, group, member, KEYS, True),
-        load_share(page, slot, group, member, VALUES, True),
-        load_words(both_radii, 1, 4, True) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4, True),
-    )
+    keys = load_share(page, slot, group, member, KEYS, True)
+    stored = load_words(both_radii, 1, 4, True) + load_words(both_radii + 8 * RADIUS_STRIDE, 1, 4, True)
+    if LATE_VALUES:
+        return keys, stored
+    else:
+        return keys, load_share(page, slot, group, member, VALUES, True), stored
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _inside(token, end, span, BOUNDED: tl.constexpr):
 
 
 @triton.jit
-def _soft_cap(score, CAP: tl.constexpr):
+def soft_capped(score, CAP: tl.constexpr):
     """CAP * tanh(x / CAP) of logits x, both as powers of two: as exp2 gives tanh, it ends at -CAP and CAP."""
     TOP: tl.constexpr = CAP * LOG2_E
     return TOP - (2 * TOP) / (tl.exp2(score * (2 / CAP)) + 1)
@@ -126,7 +127,7 @@ def _scores(
     TILES: tl.constexpr = (SETS + 1) // 2
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS, PAGE.head_dim)
     PAIRS: tl.constexpr = PAGE.head_dim // 8
     IN_REGISTERS: tl.constexpr = len(query[0]) // PAIRS
     # A product waits for the one before it, so there are at least two sums.
@@ -220,7 +221,7 @@ def _attend(
             if CENTRED:
                 score += tl.where(is_centred(stored[half]), bonuses[k], 0.0)
             if SOFT_CAP is not None:
-                score = _soft_cap(score, SOFT_CAP)
+                score = soft_capped(score, SOFT_CAP)
             if MASKED:
                 seen = _inside(key_token + 8 * half, limits[k], spans[0], BOUNDED)
                 score = tl.where(seen, score, float("-inf"))
@@ -285,7 +286,7 @@ def _value_points(
     """
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS, PAGE.head_dim)
     both = point(values, before, TOKEN, PAIR, VALUES, value_lut, PLACES[1], COPIES, lane, DTYPE)
     if len(known) > 0 and VALUES.code == RAW:
         # Unwritten raw slots may hold NaN, and 0 * NaN is not 0.
@@ -584,6 +585,9 @@ def read(
     QUERY_TILES: tl.constexpr = (SETS + 1) // 2
     IN_REGISTERS: tl.constexpr = QUERY_TILES - SHARED_TILES
     BONUSES: tl.constexpr = SHARED + words_bytes(SHARED_TILES, PAGE.head_dim // 8)
+    # Registers have no room for the values of two chunks of long vectors; those wait only for their scores.
+    LATE_VALUES: tl.constexpr = PAGE.head_dim > 256
+    VALUES: tl.constexpr = PAGE.values
     lane = thread % 32
     group = lane // 4
     member = lane % 4
@@ -637,10 +641,11 @@ def read(
     if CENTRED:
         centre_words = _load_centres(
             centres, first_segment + 16 * warp + group, num_segments, kv_head, member, CENTRES_PER_SEGMENT,
-            PAGE, True,
+            PAGE, not LATE_VALUES,
         )  # fmt: skip
     page = page_pointer(cache, block, kv_head, block_stride, PAGE)
-    fetched = _fetch(page, here % PAGE.block_size, group, member, PAGE)
+    slot = here % PAGE.block_size
+    fetched = _fetch(page, slot, group, member, LATE_VALUES, PAGE)
     hold_loads(thread)
     in_registers = ()
     in_shared = ()
@@ -687,10 +692,12 @@ def read(
             stop = tl.minimum(first + 32, head if PHASE == 0 else (whole if PHASE == 1 else total_tiles))
             for tile in tl.range(begin, stop):
                 chunk = start + warp + tile * WARPS
+                if LATE_VALUES:
+                    fetched = (fetched[0], load_share(page, slot, group, member, VALUES, True), fetched[1])
                 block = shuffle_int(blocks, tile - first)
                 page = page_pointer(cache, block, kv_head, block_stride, PAGE)
-                there = tl.minimum(chunk + WARPS, last) * 16
-                coming = _fetch(page, there % PAGE.block_size, group, member, PAGE)
+                slot = tl.minimum(chunk + WARPS, last) * 16 % PAGE.block_size
+                coming = _fetch(page, slot, group, member, LATE_VALUES, PAGE)
                 # A short request is masked tiles.
                 if HOLD or PHASE != 1:
                     hold_loads(thread)

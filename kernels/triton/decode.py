@@ -145,7 +145,7 @@ def _fill_tables(
 ):  # fmt: skip
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS, PAGE.head_dim)
     fill_table(thread, key_lut, PLACES[0], table_entries(KEYS.code), COPIES)
     if VALUES.code != KEYS.code:
         fill_table(thread, value_lut, PLACES[1], table_entries(VALUES.code), COPIES)
@@ -204,7 +204,7 @@ def _decode_kernel(
     KEYS: tl.constexpr = PAGE.keys
     VALUES: tl.constexpr = PAGE.values
     ROWS: tl.constexpr = 4 * SETS
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS, PAGE.head_dim)
     STATIC_BYTES: tl.constexpr = PLACES[2]
     DYNAMIC_BYTES: tl.constexpr = PLACES[3]
     EXCHANGE: tl.constexpr = exchange_bytes(registers_of_output(PAGE.head_dim, WARPS), WARPS)

@@ -351,7 +351,7 @@ def hadamard(values, lane, FIRST_MASK: tl.constexpr, LAST_MASK: tl.constexpr):
     bits FIRST_MASK to LAST_MASK are its other bits.
     """
     COUNT: tl.constexpr = len(values)
-    for stage in tl.static_range(0, 6):
+    for stage in tl.static_range(0, 7):
         if 1 << stage < COUNT:
             mixed = ()
             for i in tl.static_range(COUNT):
@@ -569,9 +569,15 @@ def _mma_asm(kind):
 
 
 @triton.constexpr_function
+def _exchanged_at_once(registers, warps):
+    """How many of so many registers `sum_over_warps` exchanges at once."""
+    return min(registers, max(32, warps))
+
+
+@triton.constexpr_function
 def exchange_bytes(registers, warps):
     """Shared memory that `of_all_warps` and `sum_over_warps` of so many registers take."""
-    return registers * warps * 128
+    return _exchanged_at_once(registers, warps) * warps * 128
 
 
 @triton.constexpr_function
@@ -820,15 +826,17 @@ def sum_over_warps(values, thread, FIRST: tl.constexpr):
                 register = tl.where(warp == w, own, register)
             sums = sums + (register,)
     else:
-        tl.debug_barrier()
-        for i in tl.static_range(COUNT):
-            _put(i * (WARPS * 128) + thread * 4, values[i], FIRST)
-        tl.debug_barrier()
+        AT_ONCE: tl.constexpr = _exchanged_at_once(COUNT, WARPS)
         sums = ()
-        for i in tl.static_range(COUNT // WARPS):
-            place = (i * WARPS + warp) * (WARPS * 128) + thread % 32 * 4
-            register = _get(place, FIRST)
-            for w in tl.static_range(1, WARPS):
-                register += _get(place + w * 128, FIRST)
-            sums = sums + (register,)
+        for first in tl.static_range(0, COUNT, AT_ONCE):
+            tl.debug_barrier()
+            for i in tl.static_range(AT_ONCE):
+                _put(i * (WARPS * 128) + thread * 4, values[first + i], FIRST)
+            tl.debug_barrier()
+            for i in tl.static_range(AT_ONCE // WARPS):
+                place = (i * WARPS + warp) * (WARPS * 128) + thread % 32 * 4
+                register = _get(place, FIRST)
+                for w in tl.static_range(1, WARPS):
+                    register += _get(place + w * 128, FIRST)
+                sums = sums + (register,)
     return sums

@@ -100,18 +100,18 @@ def resolve(op: str, slot: Slot, *sources: dict[str, dict[str, Config]]) -> Conf
 
 
 @triton.constexpr_function
-def table_layout(key_code, value_code, copies, sets):
+def table_layout(key_code, value_code, copies, sets, head_dim):
     """Where decode's tables lie in shared memory: the keys', the values', static and dynamic bytes.
 
     Static memory is for no more than 48 KB, some of which Triton's own operations take as dynamic memory: up
-    to 16 KB where a program has eight sets. Its launcher asks the driver for more only where the dynamic part
-    alone is more than that.
+    to 16 KB where a program has eight sets, or two of head_dim 512. Its launcher asks the driver for more
+    only where the dynamic part alone is more than that.
     """
     keys, values = (table_entries(code) * copies * 4 for code in (key_code, value_code))
     if value_code == key_code:
         values = 0
     first = 0 if value_code == key_code else keys
-    if keys + values <= (_STATIC_TABLES if sets <= 2 else 0):
+    if keys + values <= (_STATIC_TABLES if sets <= 2 and head_dim <= 256 else 0):
         return 0, first, keys + values, 0
     if keys + values <= 64 << 10:
         return DYNAMIC.value, DYNAMIC.value + first, 0, 64 << 10
@@ -174,7 +174,7 @@ class DecodeLaunch:
         chosen = config(f"decode_{4 * sets}", slot, gpu)
         warps, registers, shared_tiles = (chosen[name] for name in ("num_warps", "maxnreg", "shared_tiles"))
         codes = vector_code(slot.key), vector_code(slot.value)
-        *_, static, dynamic = table_layout(*codes, gpu.table_copies, sets)
+        *_, static, dynamic = table_layout(*codes, gpu.table_copies, sets, slot.head_dim)
         if not dynamic:
             static = max(static, exchange_bytes(registers_of_output(slot.head_dim, warps), warps))
         static += words_bytes(shared_tiles, slot.head_dim // 8) + bonus_bytes(warps, sets)

@@ -85,7 +85,7 @@ def write(
     TILES: tl.constexpr = (HALF + 15) // 16
     REGISTERS: tl.constexpr = registers_of_output(HEAD_DIM, WARPS)
     # After the last look-up, warps exchange results where a table was.
-    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS)
+    PLACES: tl.constexpr = table_layout(KEYS.code, VALUES.code, COPIES, SETS, HEAD_DIM)
     EXCHANGE_FIRST: tl.constexpr = DYNAMIC if PLACES[3] > 0 else 0
     zero = tl.zeros([WARPS * 32], tl.float32)
     lane = thread % 32

@@ -359,3 +359,10 @@ class TritonOperations(Operations):
             self.prefix_workspace.key,
             self.prefix_workspace.value,
         )
+        # Not all of dense attention comes compiled.
+        x, query, starts = ones(few, shape.num_kv_heads), ones(few, shape.num_heads), ints(0, few)
+        left = None if attention.window is None else attention.window - 1
+        for causal in (True, False):
+            self.dense_attention(
+                query, x, x, starts, few, starts, few, attention.scale, causal, None, left, attention.soft_cap
+            )

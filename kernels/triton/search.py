@@ -49,7 +49,7 @@ def _cell(x, y):
 
 
 @triton.jit
-def _look_up(table, index):
+def load_in_layout(table, index):
     """Entries of a table of int32 that nobody writes, in the layout of the index.
 
     For tl.load the compiler would pick a layout of its own and move every index and every entry
@@ -125,7 +125,7 @@ def branches_to_try(cells, x, y, new, CODE: tl.constexpr):
     if _tries_all(CODE):
         return new
     else:
-        return _look_up(cells, (_cell(x, y) << state_bits(CODE)) + new)
+        return load_in_layout(cells, (_cell(x, y) << state_bits(CODE)) + new)
 
 
 @triton.jit

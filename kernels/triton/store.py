@@ -40,6 +40,7 @@ from vllm_polarquant.kernels.triton.search import (
     branch_window,
     branches_to_try,
     get,
+    load_in_layout,
     open_scratch,
     put,
     scratch_places,
@@ -251,7 +252,9 @@ def _encode(
 
         if CENTRED:
             centre = segment_centres(centres, segment, num_segments, head, CENTRES_PER_SEGMENT, HEAD_DIM)
-            words = tl.load(centre[:, None] + pair[None, :], mask=mask, other=0)
+            words = load_in_layout(centre[:, None], tl.minimum(pair, HALF - 1)[None, :])
+            if HALF < HALF_PAD:
+                words = tl.where((pair < HALF)[None, :], words, 0)
             c1, c2 = unpack_halves(words.to(tl.uint32, bitcast=True), x.dtype.element_ty)
             per_amax = tl.where(usable, 1.0 / tl.where(usable, amax, 1.0), 0.0)[:, None]
             c1 *= per_amax
