@@ -8,10 +8,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from vllm_polarquant import __version__, check
+from vllm_polarquant import __version__, check, dry_run
 from vllm_polarquant.check import Cache, ConfigError, Shape, check_config, read_shape
 from vllm_polarquant.cli import app
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
+from vllm_polarquant.plugin import register
 from vllm_polarquant.support import refusals, table
 
 GIB = 2**30
@@ -208,24 +209,32 @@ def test_refused_by_name(name, model):
 
 
 @pytest.mark.slow
-def test_vllm_is_asked(model):
+def test_layers_that_vllm_builds_are_counted(model, monkeypatch):
     pytest.importorskip("vllm")
+    # Here: a child would import vLLM once more.
+    register()
+    monkeypatch.setattr(dry_run, "ask", dry_run.explore)
     tiny = LLAMA | {"num_hidden_layers": 4, "vocab_size": 128, "intermediate_size": 64}
-    report = json.loads(run("check", model(tiny), "--kv-cache-dtype-skip-layers", "0, 3", "--json").stdout)
+    shown = run("check", model(tiny), "--kv-cache-dtype-skip-layers", "0, 3", "--json").stdout
+    # What vLLM logs stands before it.
+    report = json.loads(shown[shown.rindex("\n{\n") if "\n{\n" in shown else 0 :])
     assert report["supported"] is True
     assert report["judged_by"] == "vllm"
     assert report["quantised_layers"] == [1, 2]
     assert report["capacity"][-1]["bytes_per_token"] == 8 * (2 * 512 + 2 * 132)
     assert report["times"] == pytest.approx(4 * 512 / (2 * 512 + 2 * 132), rel=0.01)
+
+
+@pytest.mark.slow
+def test_vllm_is_asked_in_a_child(model):
+    pytest.importorskip("vllm")
     windows = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
     gemma = GEMMA2 | windows | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
     gemma |= {"num_hidden_layers": 4, "vocab_size": 128, "intermediate_size": 64}
     gemma |= {"attn_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh"}
-    result = run("check", model(gemma))
+    result = run("check", model(gemma), "--json", "--max-model-len", 8192, "--gpu-memory", 1)
     assert result.exit_code == 0, result.stdout
-    report = json.loads(
-        run("check", model(gemma), "--json", "--max-model-len", 8192, "--gpu-memory", 1).stdout
-    )
+    report = json.loads(result.stdout)
     assert report["judged_by"] == "vllm"
     assert report["quantised_layers"] == [0, 1, 2, 3]
     assert report["max_model_len"] == 8192

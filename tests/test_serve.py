@@ -83,12 +83,12 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def test_a_client_gets_the_right_answers(client: openai.OpenAI) -> None:
     right = 0
-    for prompt, answer in questions(2000, 10):
+    for prompt, answer in questions(2000, 5):
         completion = client.completions.create(
             model="probe", prompt=prompt, temperature=0, max_tokens=episodes.PROBE_ANSWER_TOKENS
         )
         right += episodes.score_answer(completion.choices[0].text, answer)
-    assert right >= 9
+    assert right >= 4
 
 
 def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
@@ -129,4 +129,4 @@ def test_metrics_say_what_is_stored(server: Server) -> None:
 
 def test_the_prefix_cache_was_used(server: Server) -> None:
     hits = re.findall(r"^vllm:prefix_cache_hits_total\{[^}]*\} ([\d.e+]+)$", metrics_of(server), re.MULTILINE)
-    assert sum(map(float, hits)) > 8 * 1500
+    assert sum(map(float, hits)) > 4 * 1500
