@@ -612,10 +612,11 @@ def read(
     if window is not None:
         head = tl.cdiv(tl.maximum(seq_len - window - start * 16, 0), 16 * WARPS)
         spans = (window, window + count - 1)
-    # All that the first tile needs is asked for before any of it is used: queries and centres come while the
-    # page waits for its number.
+    # All that the first tile needs is asked for before any of it is used: the page's number, queries while it
+    # comes, then the page, which comes from farthest, and centres.
     here = tl.minimum(start + warp, last) * 16
     block = tl.load(table + here // PAGE.block_size)
+    hold_loads(thread)
     # Each lane loads the number of another tile's page, long before.
     coming_blocks = _blocks(table, start + warp, 1, lane, last, WARPS, PAGE.block_size)
     column = group // 2
@@ -637,15 +638,16 @@ def read(
     first_segment = start // SEGMENT_CHUNKS
     # Past the split's last segment there is that one again: a short split fetches few centres.
     num_segments = tl.minimum(num_segments, last // SEGMENT_CHUNKS + 1)
+    page = page_pointer(cache, block, kv_head, block_stride, PAGE)
+    slot = here % PAGE.block_size
+    fetched = _fetch(page, slot, group, member, LATE_VALUES, PAGE)
+    hold_loads(thread)
     centre_words = ()
     if CENTRED:
         centre_words = _load_centres(
             centres, first_segment + 16 * warp + group, num_segments, kv_head, member, CENTRES_PER_SEGMENT,
             PAGE, not LATE_VALUES,
         )  # fmt: skip
-    page = page_pointer(cache, block, kv_head, block_stride, PAGE)
-    slot = here % PAGE.block_size
-    fetched = _fetch(page, slot, group, member, LATE_VALUES, PAGE)
     hold_loads(thread)
     in_registers = ()
     in_shared = ()

@@ -33,6 +33,7 @@ from vllm_polarquant.kernels.triton.lanes import (
     bonus_bytes,
     exchange_bytes,
     fill_table,
+    hold_loads,
     open_shared,
     recomputed,
     reserve_dynamic,
@@ -151,6 +152,23 @@ def _fill_tables(
         fill_table(thread, value_lut, PLACES[1], table_entries(VALUES.code), COPIES)
 
 
+@triton.jit
+def _load_item(record, count_items, query_start_loc, seq_lens):
+    """A work item's five words (schedule.ITEM_WORDS), its request's first query, their number, its tokens.
+
+    Where there is no item, of some request.
+    """
+    request = tl.load(record)
+    begin = tl.load(record + 1)
+    finish = tl.load(record + 2)
+    first_program = tl.load(record + 3)
+    splits = tl.load(record + 4)
+    request = tl.where(count_items > 0, request, 0)
+    first_token = tl.load(query_start_loc + request)
+    count = tl.load(query_start_loc + request + 1) - first_token
+    return request, begin, finish, first_program, splits, first_token, count, tl.load(seq_lens + request)
+
+
 # What differs from batch to batch must not compile another kernel in the middle of serving.
 @triton.jit(
     do_not_specialize=["table_stride", "lse_stride_head", "num_segments", "window"],
@@ -225,18 +243,14 @@ def _decode_kernel(
     columns = tl.num_programs(1) * tl.num_programs(0)
     first_row = row_block * ROWS
     own_factors = query_factors + kv_head * query_factors_stride
+    # What an item is comes while tables are filled.
+    item = _load_item(record, count_items, query_start_loc, seq_lens)
+    hold_loads(thread)
     _fill_tables(thread, key_lut, value_lut, PAGE, COPIES, SETS)
     for remaining in tl.range(count_items, 0, -1):
-        request = tl.load(record)
-        begin = tl.load(record + 1)
-        finish = tl.load(record + 2)
-        first_program = tl.load(record + 3)
-        splits = tl.load(record + 4)
+        request, begin, finish, first_program, splits, first_token, count, seq_len = item
         # A row is one query head of one of the request's queries.
-        first_token = tl.load(query_start_loc + request)
-        count = tl.load(query_start_loc + request + 1) - first_token
         rows = count * GROUP
-        seq_len = tl.load(seq_lens + request)
         # Warps take turns at chunks of 16 tokens, which no page cuts.
         start = begin * WARPS
         end = finish * WARPS
@@ -290,8 +304,9 @@ def _decode_kernel(
         if remaining > 1:
             # What was exchanged lies where the tables go.
             tl.debug_barrier()
+            item = _load_item(following, remaining, query_start_loc, seq_lens)
+            hold_loads(thread)
             _fill_tables(recomputed(thread), key_lut, value_lut, PAGE, COPIES, SETS)
-        record = following
         following += ITEM_WORDS
 
 
