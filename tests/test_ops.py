@@ -60,18 +60,18 @@ def dense_attention(
         assert length <= max_key_len
         if not count or not length:
             continue
-        attention = Attention(scale, soft_cap=soft_cap)
         # FlashAttention 2 hides the last keys from the first of more queries than keys.
         assert causal or left is None or count <= length
         for i in range(count) if left is not None else [slice(None)]:
             aligned = torch.arange(length - count, length, device=query.device)[i].reshape(-1)
+            last = aligned if causal else torch.full_like(aligned, length)
+            window = None if left is None else int(last) - max(int(aligned) - left, 0) + 1
             attended = reference.dense_attention(
                 query[rows][i].reshape(-1, *query.shape[1:]),
                 key[tokens],
                 value[tokens],
-                aligned if causal else torch.full_like(aligned, length),
-                attention,
-                0 if left is None else max(int(aligned) - left, 0),
+                last,
+                Attention(scale, window, soft_cap),
             )
             result[rows][i] = attended.out.to(query.dtype).view(result[rows][i].shape)
             lse[:, rows][:, i] = attended.lse.float().view(lse[:, rows][:, i].shape)
