@@ -93,7 +93,7 @@ def test_attention_other_than_a_decoders_is_refused(kind: str) -> None:
     assert_one_sentence(refused.value, kind, "without --kv-cache-dtype")
 
 
-@pytest.mark.parametrize("head_size", [32, 48, 120, 512])
+@pytest.mark.parametrize("head_size", [32, 48, 120, 1024])
 def test_an_unsupported_head_size_is_refused(head_size: int) -> None:
     with pytest.raises(ValueError) as refused:
         choose(head_size=head_size)
