@@ -40,6 +40,11 @@ MORE_CASES = [
     (90, "polarquant_k4v4", 128, 31),
     (90, "polarquant_k3.5v3.5", 128, 22),
     (90, "polarquant_k4v3", 128, 28),
+    (90, "polarquant_k8v4", 512, 1),
+    (90, "polarquant_k4v4", 512, 32),
+    (90, "polarquant_k2v2", 512, -1),
+    (90, "polarquant_k4v4", 512, 0),
+    (89, "polarquant_k4v4", 512, 2),
 ]
 """Each takes 4 to 20 seconds."""
 

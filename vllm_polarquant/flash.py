@@ -19,9 +19,16 @@ def flash_attention(head_dim: int) -> DenseAttention:
         from vllm_polarquant.kernels.triton.dense import dense_attention
 
         return dense_attention
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_flash_attn_version,
+        is_fa_version_supported,
+    )
 
     version = get_flash_attn_version(head_size=head_dim)
+    if version == 4 and is_fa_version_supported(3):
+        # On Hopper vLLM sets 4, which compiles its kernels while it serves, for all of Gemma 4's layers.
+        version = 3
 
     def attend(
         query: torch.Tensor,

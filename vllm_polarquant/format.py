@@ -157,9 +157,18 @@ class Slot:
         return self.value.code_bytes(self.head_dim)
 
     @property
+    def padding(self) -> int:
+        """Bytes of a slot that hold nothing: of head_dim 512 as many as make it twice that of 256.
+
+        Models have both. vLLM makes their pages equal by larger blocks of the smaller slots, which takes a
+        multiple; of other sizes it leaves a part of each smaller page empty.
+        """
+        return 2 * RADIUS_BYTES if self.head_dim == 512 else 0
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of a slot, radii included; there is no padding."""
-        return self.key_bytes + self.value_bytes + 2 * RADIUS_BYTES
+        """Bytes of a slot, radii and padding included."""
+        return self.key_bytes + self.value_bytes + 2 * RADIUS_BYTES + self.padding
 
     @property
     def bits_per_element(self) -> float:

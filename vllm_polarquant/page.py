@@ -4,6 +4,7 @@ With N tokens a block it holds, in order and without gaps,
 
     K codes [N, key_bytes]    V codes [N, value_bytes]    radii [N, 2] bfloat16, K's and V's of a token
 
+and then, of head_dim 512, Slot.padding for each token.
 In which order the bytes of codes lie is the device's choice: a CPU has rows, token after token, and a GPU
 what its lanes load (kernels/triton/page_io.py). The pages of one block stand side by side, head after head,
 whatever the order of dims in which vLLM thinks of the block: nobody else reads its inside.
