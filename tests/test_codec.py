@@ -73,9 +73,9 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def any_vectors(d: int) -> torch.Tensor:
-    """Gaussian ones, those of one coordinate (of d = 512 few), one of equal ones, and of positive ones."""
-    alone = torch.eye(d)[:: 1 if d <= 256 else 8]
-    return torch.cat([gaussian(64, d), alone, torch.ones(1, d), gaussian(64, d).exp()])
+    """Gaussian ones, those of one coordinate, one of equal ones, and of positive ones; of d = 512 few."""
+    count, step = (64, 1) if d <= 256 else (16, 32)
+    return torch.cat([gaussian(count, d), torch.eye(d)[::step], torch.ones(1, d), gaussian(count, d).exp()])
 
 
 def distortion(x: torch.Tensor, x_hat: torch.Tensor) -> float:
