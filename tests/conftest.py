@@ -85,20 +85,24 @@ def sample(cases: list[pytest.Item]) -> list[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of each interpreted and each `sampled` test leave a sample; slow files begin.
 
-    All but the first interpreted case are slow: each takes seconds, and all of them run compiled on a GPU. A
-    slow file that came last would leave a core idle.
+    All but the first interpreted case are slow: each takes seconds, and all of them run compiled on a GPU.
+    What has a value marked `gpu` is not interpreted. A slow file that came last would leave a core idle.
     """
+    left_out: set[pytest.Item] = set()
     sampled: dict[Any, list[pytest.Item]] = {}
     for item in items:
         callspec = getattr(item, "callspec", None)
         interpreted = callspec is not None and callspec.params.get("device") == "interpreter"
-        if interpreted or item.get_closest_marker("sampled"):
+        if interpreted and item.get_closest_marker("gpu"):
+            left_out.add(item)
+        elif interpreted or item.get_closest_marker("sampled"):
             cases = sampled.setdefault((item.path, item.originalname), [])
             if interpreted and cases:
                 item.add_marker(pytest.mark.slow)
             cases.append(item)
     if not config.getoption("every_case"):
-        left_out = {item for cases in sampled.values() for item in set(cases) - set(sample(cases))}
+        left_out |= {item for cases in sampled.values() for item in set(cases) - set(sample(cases))}
+    if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
     slow = {item.path for item in items if item.get_closest_marker("slow")}

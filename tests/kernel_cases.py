@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 
 from vllm_polarquant import reference
@@ -30,6 +32,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 OUT_OF_RANGE_BLOCK = 1 << 30
 """Fills the unused part of block tables: a kernel that follows it crashes."""
+
+
+def on_gpu(*values: Any) -> Any:
+    """Values of a test's parameters that are not interpreted, as that takes too long."""
+    return pytest.param(*values, marks=pytest.mark.gpu)
 
 
 def attention_tolerance(dtype: torch.dtype, device: torch.device) -> float:

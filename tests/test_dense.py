@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES, attention_tolerance, relative_error
+from kernel_cases import DTYPES, attention_tolerance, on_gpu, relative_error
 
 from vllm_polarquant.kernels.triton.dense import dense_attention
 
@@ -43,13 +43,11 @@ def exact(query, key, value, counts, lengths, scale, causal, left, soft_cap):
     [
         (64, [70, 1, 3, 5], [70, 130, 33, 0]),
         (512, [65, 7], [66, 40]),
-        pytest.param(512, [1000, 1, 300], [1000, 2000, 555], marks=pytest.mark.gpu),
+        on_gpu(512, [1000, 1, 300], [1000, 2000, 555]),
     ],
 )
 def test_dense_attention(head_dim, counts, lengths, causal, left, soft_cap, dtype, device):
     """Empty requests, one query, more keys than queries, tiles that end inside a request."""
-    if device.type == "cpu" and sum(lengths) > 500:
-        pytest.skip("only a GPU is fast enough")
     heads, group, tokens = 2, 2, sum(counts)
     # As vLLM passes them: views into the output of one projection, and room for a segment of a prefix.
     query = torch.randn(tokens, heads * group + 1, head_dim, device=device).to(dtype)[:, :-1]

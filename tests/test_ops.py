@@ -11,6 +11,7 @@ from kernel_cases import (
     OUT_OF_RANGE_BLOCK,
     attention_tolerance,
     empty_cache,
+    on_gpu,
     page_for,
     relative_error,
     vectors,
@@ -237,11 +238,10 @@ PREFILLS = [(22, 60), (0, 20), (150, 33)]
 
 
 @pytest.mark.parametrize(
-    ("kind", "from_pages"), [("all", False), ("all", True), ("narrow", False), ("wide", False)]
+    ("kind", "from_pages"),
+    [("all", False), ("all", True), on_gpu("narrow", False), on_gpu("wide", False)],
 )
 def test_prefill_of_every_kind(kind, from_pages, device):
-    if device.type == "cpu" and kind != "all":
-        pytest.skip("only a GPU is fast enough for every kind")
     page, attention = page_for(K4V4, 64), attention_of(kind, device)
     case = make_case(page, [(70, 1)], PREFILLS, device, torch.float16, 32, attention, from_pages)
     check(case)
@@ -259,19 +259,17 @@ def test_prefill_past_the_head_dims_of_flash_attention(preset, kind, from_pages,
     check(make_case(page, [(70, 1)], prefills, device, torch.bfloat16, 256, attention, from_pages, dense))
 
 
-@pytest.mark.parametrize("kind", ["all", "plain"])
+@pytest.mark.parametrize("kind", ["all", on_gpu("plain")])
 @pytest.mark.parametrize(
     ("preset", "head_dim", "dtype"),
     [
         ("polarquant_k3v2", 80, torch.float16),
-        (LOSSLESS, 64, torch.float16),
+        on_gpu(LOSSLESS, 64, torch.float16),
         (LOSSLESS, 80, torch.bfloat16),
-        ("polarquant_k8v4", 128, torch.bfloat16),
+        on_gpu("polarquant_k8v4", 128, torch.bfloat16),
     ],
 )
 def test_chunks_are_read_off_the_pages(preset, head_dim, dtype, kind, device):
-    if device.type == "cpu" and (head_dim != 80 or kind != "all"):
-        pytest.skip("only a GPU is fast enough for every format")
     attention = attention_of(kind, device, head_dim)
     case = make_case(
         page_for(preset, head_dim, 32), [], PREFILLS[:2], device, dtype, attention=attention, from_pages=True
