@@ -23,6 +23,7 @@ from vllm_polarquant.eval.bench import (
     cpu,
     engine,
     engine_page,
+    engine_speculation,
     engine_worker,
     grid,
     inputs,
@@ -518,6 +519,88 @@ def test_the_engine_tables_compare_with_the_first_dtype_and_keep_what_a_failure_
     assert [row[2] for row in memory.rows[2:]] == ["exceeded 300 s", "90 s are left"]
 
 
+def test_parse_speculations() -> None:
+    found = engine_speculation.parse_speculations("none,ngram:3,draft:15,ngram:3")
+    assert found == [None, ("ngram", 3), ("draft", 15)]
+    assert found[1] is not None and found[1].name == "ngram:3"
+    for bad in ("ngram", "ngram:0", "draft:16", "eagle:3", "ngram:x"):
+        with pytest.raises(typer.BadParameter, match=f"'{bad}' is neither none nor ngram:1"):
+            engine_speculation.parse_speculations(f"none,{bad}")
+
+
+def test_a_verified_step_is_one_of_those_that_have_all_requests() -> None:
+    def step(at: float, *tokens: int) -> engine_speculation.Step:
+        return engine_speculation.Step(at, tokens)
+
+    # The first request alone, the end of the second's prefill, two steps of both, one without the first.
+    steps = [step(0, 1), step(5, 2, 1), step(5.2, 4, 1), step(5.6, 2, 3), step(9, 4)]
+    assert engine_speculation.verified(steps, 2) == (pytest.approx(300), 2.5, 2)
+    for bad in (steps[:2], [steps[1], steps[0], steps[2]]):
+        with pytest.raises(ValueError, match="had all 2 requests"):
+            engine_speculation.verified(bad, 2)
+
+
+def test_a_speculating_engine_has_room_for_its_largest_cell() -> None:
+    config = json.loads((engine.MODEL / "config.json").read_text())
+    draft = engine_speculation.draft_config(config)
+    assert (draft["num_hidden_layers"], draft["hidden_size"]) == (2, 1024)
+    assert draft["vocab_size"] == config["vocab_size"] and draft["head_dim"] == 128
+    shapes = [(32, 16384), (64, 1024)]
+    most = {name: engine_speculation.cache_bytes(name, config, shapes, 72) for name in ("auto", K4V4)}
+    tokens = 32 * (16384 + 72)
+    for name, a_token in (("auto", 34 * 8 * 512), (K4V4, 34 * 8 * 132)):
+        assert tokens * a_token < most[name] < 1.01 * tokens * a_token
+    with pytest.raises(ValueError, match="nonsense"):
+        engine_speculation.cache_bytes("nonsense", config, shapes, 72)
+
+
+def test_the_speculation_table_compares_within_a_way_to_draft() -> None:
+    def cell(ms: float) -> dict[str, Any]:
+        return {"step_ms": cells.spread([ms]), "tokens": cells.spread([1.25]), "drafted": 3.0, "steps": 9}
+
+    found = {
+        "ngram:3": {
+            "auto": {"boot_s": 1.0, "32x16384": cell(20.0)},
+            K4V4: {"boot_s": 1.0, "32x16384": cell(11.0)},
+        },
+        "draft:7": {"auto": {"32x16384": cell(30.0)}, K4V4: {"error": "exceeded 300 s"}},
+        "draft:3": {K4V4: {"error": "no room"}},
+    }
+    (table,) = engine_page.sections({"runs": {}, "speculation": found})
+    assert [row[0:1] + row[2:] for row in table.rows] == [
+        ["ngram, 3", "auto", "20.00", "1.00x", "3.00", "1.25", "16.0"],
+        ["ngram, 3", K4V4, "11.00", "0.55x", "3.00", "1.25", "8.80"],
+        ["draft, 7", "auto", "30.00", "1.00x", "3.00", "1.25", "24.0"],
+        ["draft, 7", K4V4, "exceeded 300 s", "-", "-", "-", "-"],
+        ["draft, 3", K4V4, "no room", "-", "-", "-", "-"],
+    ]
+    assert table.rows[0][1] == "32 requests of 16k tokens"
+    assert table.panels[0].series == {"auto": [1.0, 1.0], K4V4: [0.55, None]}
+
+
+def test_speculations_go_on_where_they_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def run(dtype: str, plan: dict[str, Any], console: Any, speculation: Any, turn: Path) -> dict[str, Any]:
+        asked.append((speculation.name, dtype, plan["limit_s"]))
+        return {"error": "no room"} if len(asked) == 2 else {"2x64": {"steps": 1}, "sm_clocks": ["1980 MHz"]}
+
+    monkeypatch.setattr(engine, "run", run)
+    options = [f"--dtypes=auto,fp8,{K4V4}", "--cells=2x64", "--jobs=2", "--limit=50"]
+    options += ["--speculate=ngram:3", f"--out={tmp_path / 'run'}"]
+    assert invoke(engine.main, *options).exit_code == 0
+    assert sorted(asked) == [("ngram:3", "auto", 100), ("ngram:3", "fp8", 100), ("ngram:3", K4V4, 50)]
+    failed = asked[1][1]
+    asked.clear()
+    assert invoke(engine.main, *options, "--keep").exit_code == 0
+    assert asked == [("ngram:3", failed, 50)]
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["speculation"]["ngram:3"].keys() == {"auto", "fp8", K4V4}
+    assert found["runs"] == {} and found["environment"]["SM clock"] == "1980 MHz"
+    nothing = invoke(engine.main, "--cells=", "--ttft=64", "--speculate=draft:3", f"--out={tmp_path / 'x'}")
+    assert nothing.exit_code == 2 and "--cells" in nothing.output
+
+
 def test_a_kernel_report_goes_on_where_it_stopped() -> None:
     old = kernel_report()
     case = Case("decode", 32, 16384)
@@ -550,6 +633,7 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
         "command": "first",
         "plan": {"model": "eval/models/llama-3.1-8b", "cells": [[2, 64]], "limit_s": 300.0},
         "runs": {"auto": {}},
+        "speculation": {},
     }
     new: dict[str, Any] = {
         "environment": {"device": "H200", "SM clock": "345 MHz", "date": "2026-11-25"},
@@ -562,12 +646,13 @@ def test_an_engine_report_is_only_added_to_under_the_same_conditions() -> None:
     assert both == old | {"command": "first && second", "environment": old["environment"] | days}
     assert engine.kept(both, new)["environment"] == both["environment"]
     versions = [{"vllm-polarquant": version} for version in ("0.1", "0.2")]
-    ran = old | {"runs": {K4V4: {"error": "slow"}, "auto": {"boot_s": 1.0}}}
+    both_dtypes = {K4V4: {"error": "slow"}, "auto": {"boot_s": 1.0}}
+    ran = old | {"runs": both_dtypes, "speculation": {"ngram:3": both_dtypes}}
     ran, again = (
         {**x, "environment": x["environment"] | v} for x, v in zip((ran, new), versions, strict=True)
     )
     both = engine.kept(ran, again)
-    assert both["runs"] == {"auto": {"boot_s": 1.0}}
+    assert both["runs"] == both["speculation"]["ngram:3"] == {"auto": {"boot_s": 1.0}}
     assert both["environment"]["vllm-polarquant"] == "0.2"
     assert engine.kept(ran, again | {"environment": ran["environment"]})["runs"] == ran["runs"]
     for change, words in (
@@ -592,6 +677,7 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(
         "dtypes": f"{K4V4},nonsense", "model": MODEL, "cells": "2x64", "prefill": "2x96", "ttft": "64",
         "ttft-prefix": "256x32", "full-memory": "128", "tokens": "4", "repeats": "2", "max-seqs": "8",
         "engine": json.dumps(arguments), "out": str(tmp_path / "run"), "limit": "240",
+        "speculate": "none,ngram:3", "jobs": "2",
     }  # fmt: skip
     child = subprocess.run(
         [sys.executable, "-m", engine.__name__, *(f"--{k}={v}" for k, v in options.items())],
@@ -603,7 +689,8 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-2000:]
     # One more dtype for the same report, whose engine is none.
     monkeypatch.setattr(engine, "run", lambda *_: {"kv_tokens": 64})
-    again = invoke(engine.main, *(f"--{k}={v}" for k, v in (options | {"dtypes": "auto"}).items()), "--keep")
+    more = {"dtypes": "auto", "speculate": "none"}
+    again = invoke(engine.main, *(f"--{k}={v}" for k, v in (options | more).items()), "--keep")
     assert again.exit_code == 0, again.output
     found = json.loads((tmp_path / "run.json").read_text())
     assert " && " in found["command"]
@@ -618,5 +705,11 @@ def test_the_engine_benchmark_measures_all_and_survives_a_failing_dtype(
     assert ours["full_memory 128"]["requests"] == 8
     assert ours["full_memory 128"]["preemptions"] == 0
     assert "CacheConfig" in runs["nonsense"]["error"]
+    drafted = found["speculation"]["ngram:3"]
+    assert "nonsense" in drafted["nonsense"]["error"]
+    cell = drafted[K4V4]["2x64"]
+    # Of a request's four tokens two or three come from the one step that has drafts.
+    assert cell["step_ms"]["min"] > 0 and 1 <= cell["tokens"]["median"] <= 4
+    assert 0 < cell["drafted"] <= 3 and cell["steps"] >= 2
     assert (tmp_path / "run.png").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.md", "run.png"}

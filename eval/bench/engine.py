@@ -5,13 +5,16 @@
 Prompts are random tokens, so no two share a block unless they are meant to. Prefill and time to first
 token are taken from prompts that nobody has sent before. TPOT comes from runs off the prefix cache: the
 engine stamps each request's first and last token, and once all of a batch decode together,
-(last - first) / (tokens - 1) is the time of a step.
+(last - first) / (tokens - 1) is the time of a step. With `--speculate ngram:3` another engine drafts three
+tokens a step: prompts and answers are then made of few words, so that an n-gram is always found.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +23,7 @@ from rich.console import Console
 
 from vllm_polarquant.eval import isolate
 from vllm_polarquant.eval.bench.engine_page import TITLE, sections
+from vllm_polarquant.eval.bench.engine_speculation import Speculation, parse_speculations
 from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
@@ -118,14 +122,16 @@ def plan_of(
     }
 
 
-def run(dtype: str, plan: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Findings of one dtype, with "error" if it ended early, and the clocks of the GPU meanwhile."""
+def watch(
+    worker_command: list[str], job: dict[str, Any], title: str, limit_s: float, console: Console
+) -> dict[str, Any]:
+    """What a child reports as [name, finding], with "error" if it ended early, and the clocks of the GPU."""
     found: dict[str, Any] = {}
     clocks: list[str] = []
     started = time.monotonic()
-    ends, look = started + plan["limit_s"], started + CLOCK_EVERY_S
+    ends, look = started + limit_s, started + CLOCK_EVERY_S
     error = ""
-    with isolate.Child(WORKER, {"dtype": dtype, "plan": plan}) as worker:
+    with isolate.Child(worker_command, job) as worker:
         while (now := time.monotonic()) < ends:
             try:
                 name, finding = worker.report(max(0.0, min(ends, look) - now))
@@ -137,34 +143,95 @@ def run(dtype: str, plan: dict[str, Any], console: Console) -> dict[str, Any]:
                 look += CLOCK_EVERY_S
             else:
                 found[name] = finding
-                console.print(f"[{now - started:5.0f} s] {dtype} {name}: {shown(finding)}", markup=False)
+                console.print(f"[{now - started:5.0f} s] {title} {name}: {shown(finding)}", markup=False)
         else:
-            error = f"exceeded {plan['limit_s']:.0f} s"
+            error = f"exceeded {limit_s:.0f} s"
     if clocks:
         found["sm_clocks"] = clocks
     # What the process itself said is worth more than its exit status.
     return ({"error": error} if error else {}) | found
 
 
-def kept(old: Report, new: Report) -> Report:
-    """`new`, still without runs, behind the runs of an earlier report; not ours, if of another version.
+def run(
+    dtype: str,
+    plan: dict[str, Any],
+    console: Console,
+    speculation: Speculation | None = None,
+    turn: Path | None = None,
+) -> dict[str, Any]:
+    """What `watch` finds of one dtype.
+
+    turn: with a speculation, the file that the engines beside it lock to measure one after the other.
+    """
+    title = dtype if speculation is None else f"{dtype} {speculation.name}"
+    job = {"dtype": dtype, "plan": plan, "speculation": speculation, "turn": str(turn)}
+    return watch(WORKER, job, title, plan["limit_s"], console)
+
+
+def without_clocks(measured: dict[str, Any], found: Report) -> dict[str, Any]:
+    """What `run` found but the clocks, the highest of which the report's environment takes."""
+    # The clock of a busy GPU; an idle one's says nothing.
+    busy = max(measured.pop("sm_clocks", []), key=lambda clock: float(clock.split()[0]), default=None)
+    if busy is not None:
+        found["environment"]["SM clock"] = busy
+    return measured
+
+
+def _tables(found: Report) -> dict[str, dict[str, Any]]:
+    """Runs by name of a speculation, under "" those of engines without one."""
+    return {"": found["runs"]} | found.get("speculation", {})
+
+
+def _conditions(found: Report) -> dict[str, Any]:
+    # As JSON gives it back.
+    plan = json.loads(json.dumps(found["plan"]))
+    # The shipped model lies elsewhere in a wheel and in a checkout.
+    model = {"model": Path(plan["model"]).name}
+    return without_ours(machine(found)) | {k: v for k, v in plan.items() if k != "limit_s"} | model
+
+
+def kept_runs(runs: dict[str, Any], old: Report, new: Report) -> dict[str, Any]:
+    """Runs by dtype of an old report that a new one may go on with: not ours, if of another version.
 
     Raises:
         typer.BadParameter: naming what differs, if they cannot stand in one table.
     """
+    check_same(_conditions(old), _conditions(new))
+    return {name: run for name, run in runs.items() if same_version(old, new) or name not in PRESETS}
 
-    def conditions(found: Report) -> dict[str, Any]:
-        # As JSON gives it back.
-        plan = json.loads(json.dumps(found["plan"]))
-        # The shipped model lies elsewhere in a wheel and in a checkout.
-        model = {"model": Path(plan["model"]).name}
-        return without_ours(machine(found)) | {k: v for k, v in plan.items() if k != "limit_s"} | model
 
-    check_same(conditions(old), conditions(new))
-    runs = old["runs"]
-    if not same_version(old, new):
-        runs = {name: run for name, run in runs.items() if name not in PRESETS}
-    return old | continued(old, new) | {"runs": runs}
+def kept(old: Report, new: Report) -> Report:
+    """`new`, still without runs, behind those of an earlier report that it may go on with.
+
+    Raises:
+        typer.BadParameter: as `kept_runs`.
+    """
+    tables = {name: kept_runs(runs, old, new) for name, runs in _tables(old).items()}
+    return old | continued(old, new) | {"runs": tables.pop(""), "speculation": tables}
+
+
+def speculate(
+    todo: list[tuple[Speculation, str]],
+    plan: dict[str, Any],
+    jobs: int,
+    found: Report,
+    out: Path,
+    console: Console,
+) -> None:
+    """Measure speculations of dtypes, so many engines started side by side, and save them as they end."""
+    for start in range(0, len(todo), jobs):
+        group = todo[start : start + jobs]
+        # Who waits for its turn does so within its limit.
+        own = plan | {"limit_s": plan["limit_s"] * len(group)}
+        with tempfile.NamedTemporaryFile() as turn, ThreadPoolExecutor(jobs) as pool:
+            started = [
+                pool.submit(run, dtype, own, console, speculation, Path(turn.name))
+                for speculation, dtype in group
+            ]
+            for (speculation, dtype), done in zip(group, started, strict=True):
+                runs = found["speculation"].setdefault(speculation.name, {})
+                runs[dtype] = without_clocks(done.result(), found)
+                save(out, found)
 
 
 def main(
@@ -185,7 +252,18 @@ def main(
     engine: Annotated[str, typer.Option(help="More engine arguments, a JSON object.")] = (
         '{"gpu_memory_utilization": 0.9}'
     ),
-    limit: Annotated[float, typer.Option(help="Seconds that one dtype may take.", min=0)] = 300.0,
+    speculate_by: Annotated[
+        str,
+        typer.Option(
+            "--speculate",
+            help="Engines that draft, METHOD:TOKENS a step by ngram or draft (a small dummy model): the time "
+            "of a verified step at --cells. none is the engine that all else is measured of.",
+        ),
+    ] = "none",
+    jobs: Annotated[
+        int, typer.Option(help="Engines that draft started side by side, measured in turn.", min=1)
+    ] = 1,
+    limit: Annotated[float, typer.Option(help="Seconds that one engine may take.", min=0)] = 300.0,
     out: Annotated[Path, typer.Option(help="Stem of the .json, .md and .png files.")] = Path("bench-engine"),
     keep: Annotated[
         bool, typer.Option("--keep", help="Add to the report at --out, made here with the same plan.")
@@ -212,21 +290,28 @@ def main(
         limit_s=limit,
         engine=engine_arguments(engine),
     )
-    found = begun(__spec__.name) | {"plan": plan, "runs": {}}
+    asked = parse_speculations(speculate_by)
+    speculations = [each for each in asked if each is not None]
+    if speculations and not plan["cells"]:
+        raise typer.BadParameter("--speculate is measured at --cells: give some")
+    found = begun(__spec__.name) | {"plan": plan, "runs": {}, "speculation": {}}
     if keep:
         found = kept(earlier(out), found)
-    for dtype in dtypes.split(","):
+    names = dtypes.split(",")
+    for dtype in names if None in asked else []:
         console.print(f"[bold]{dtype}[/]")
-        measured = run(dtype, plan, console)
-        found["runs"][dtype] = measured
-        # The clock of a busy GPU; an idle one's says nothing.
-        busy = max(measured.pop("sm_clocks", []), key=lambda clock: float(clock.split()[0]), default=None)
-        if busy is not None:
-            found["environment"]["SM clock"] = busy
+        found["runs"][dtype] = without_clocks(run(dtype, plan, console), found)
         save(out, found)
+
+    def missing(speculation: Speculation, dtype: str) -> bool:
+        before = found["speculation"].get(speculation.name, {}).get(dtype)
+        return before is None or "error" in before
+
+    todo = [(each, dtype) for each in speculations for dtype in names if missing(each, dtype)]
+    speculate(todo, plan, jobs, found, out, console)
     print_tables(console, sections(found))
     console.print(*write(out, TITLE, found, sections(found)), sep="\n")
-    if all("error" in measured for measured in found["runs"].values()):
+    if all("error" in measured for runs in _tables(found).values() for measured in runs.values()):
         raise typer.Exit(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from vllm_polarquant.eval.bench.engine_speculation import DRAFT_LAYERS, WORDS
 from vllm_polarquant.eval.bench.grid import short
 from vllm_polarquant.eval.report.cells import number, ratio, shown, times, value
 from vllm_polarquant.eval.report.page import Report, Section
@@ -48,13 +49,15 @@ def sections(found: Report) -> list[Section]:
     """Capacity and prefill, latencies, and the full memory, a row a dtype, with ratios to the first."""
     runs = found["runs"]
     base: dict[str, Any] = next(iter(runs.values()), {})
-    made = [_capacity(runs, base)]
+    made = [_capacity(runs, base)] if runs else []
     for kind in KINDS:
         names = _named(runs, kind)
         if names:
             made.append(_measured(runs, base, names, KINDS[kind]))
     for name in _named(runs, "full_memory"):
         made.append(_full(runs, base, name))
+    if speculated := found.get("speculation"):
+        made.append(_speculated(speculated))
     return made
 
 
@@ -143,4 +146,65 @@ def _full(runs: dict[str, Any], base: dict[str, Any], name: str) -> Section:
         note="Output tokens a second of all requests together: requests / time of a step, and of a whole run "
         "off the prefix cache, its host work included.",
         panels=[Panel("Output of a full memory", "tokens/s", [f"requests of {context} tokens"], rates)],
+    )
+
+
+def _speculated(found: dict[str, dict[str, Any]]) -> Section:
+    """A row for each way to draft, cell and dtype; ratios to the first dtype of the same way and cell."""
+    body: list[list[str]] = []
+    labels: list[str] = []
+    series: dict[str, list[float | None]] = {name: [] for runs in found.values() for name in runs}
+    first = next(iter(series))
+    for name, runs in found.items():
+        method, _, tokens = name.partition(":")
+        # A run that failed has no cells, but a row in each table of the others.
+        cells = dict.fromkeys(cell for run in runs.values() for cell in run if cell[0].isdigit())
+        for cell in cells:
+            labels.append(f"{method}, {tokens}: {_requests(cell)}")
+            base = runs.get(first, {}).get(cell, {}).get("step_ms")
+            for dtype in series:
+                mine = runs.get(dtype, {}).get(cell, {})
+                step = mine.get("step_ms")
+                of_base = ratio(step, base)
+                series[dtype].append(of_base)
+                if dtype not in runs:
+                    continue
+                made = value(mine.get("tokens"))
+                body.append(
+                    [
+                        f"{method}, {tokens}",
+                        _requests(cell),
+                        dtype,
+                        shown(_cell(runs[dtype], step)),
+                        times(of_base),
+                        number(mine.get("drafted")),
+                        number(made),
+                        number(ratio(step, made)),
+                    ]
+                )
+        if not cells:
+            body += [[f"{method}, {tokens}", "-", dtype, shown(run), *"----"] for dtype, run in runs.items()]
+    header = [
+        "drafts",
+        "requests",
+        "dtype",
+        "verified step, ms",
+        f"of {first}",
+        "drafted",
+        "tokens",
+        "ms a token",
+    ]
+    return Section(
+        title="Speculation",
+        header=header,
+        rows=body,
+        note="A step of the engine that verifies the drafts of all requests, median (min-max); with a draft "
+        "model it contains that one's forward passes. Drafted and tokens are those of a request in a step: "
+        "drafts asked for, tokens gained. Dummy weights accept few drafts, whatever the dtype, and a step "
+        "verifies all of them either way: compare its time. Prompts and answers are made of "
+        f"{WORDS} words, so that an n-gram is always found; the draft model is a dummy of {DRAFT_LAYERS} "
+        "layers and a quarter of the width, with the model's heads and the same dtype of cache.",
+        panels=[Panel("A verified step", f"times that of {first}", labels, series, "lower", line=1.0)]
+        if labels
+        else (),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_polarquant.eval import isolate
+from vllm_polarquant.eval.bench import engine_speculation
 from vllm_polarquant.eval.report.cells import spread, value
 
 
@@ -203,11 +205,32 @@ def measure(dtype: str, plan: dict[str, Any], found: dict[str, Any]) -> Iterator
     yield "memory_mib after", memory_mib(llm)
 
 
+def measure_in_turn(job: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """`engine_speculation.measure`, booting beside others' boots and measuring while nobody else does either.
+
+    job: with the file "turn", locked for it.
+    """
+    speculation = engine_speculation.Speculation(*job["speculation"])
+    with open(job["turn"], "a", encoding="utf-8") as turn:
+        fcntl.flock(turn, fcntl.LOCK_SH)
+
+        def alone() -> None:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            fcntl.flock(turn, fcntl.LOCK_EX)
+
+        try:
+            yield from engine_speculation.measure(job["dtype"], job["plan"], speculation, alone)
+        finally:
+            # The engine's process may have inherited the file.
+            fcntl.flock(turn, fcntl.LOCK_UN)
+
+
 def work(job: dict[str, Any], report: isolate.Report) -> None:
     """Report [name, finding] as each is found, and why the rest is not as ["error", ...]."""
     found: dict[str, Any] = {}
     try:
-        for name, finding in measure(job["dtype"], job["plan"], found):
+        measured = measure_in_turn(job) if job["speculation"] else measure(job["dtype"], job["plan"], found)
+        for name, finding in measured:
             found[name] = finding
             report([name, finding])
     except Exception as problem:
