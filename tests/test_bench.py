@@ -565,12 +565,14 @@ def test_a_speculating_engine_has_room_for_its_largest_cell() -> None:
     assert (draft["num_hidden_layers"], draft["hidden_size"]) == (2, 1024)
     assert draft["vocab_size"] == config["vocab_size"] and draft["head_dim"] == 128
     shapes = [(32, 16384), (64, 1024)]
-    most = {name: engine_speculation.cache_bytes(name, config, shapes, 72) for name in ("auto", K4V4)}
-    tokens = 32 * (16384 + 72)
-    for name, a_token in (("auto", 34 * 8 * 512), (K4V4, 34 * 8 * 132)):
-        assert tokens * a_token < most[name] < 1.01 * tokens * a_token
+    tokens = 32 * (16384 + 64)
+    for method, layers in (("ngram", 32), ("draft", 34)):
+        speculation = engine_speculation.Speculation(method, 7)
+        for name, slot in (("auto", 512), ("fp8", 256), (K4V4, 132)):
+            most = engine_speculation.cache_bytes(name, config, shapes, 64, speculation)
+            assert tokens < most / (layers * 8 * slot) < 1.02 * tokens
     with pytest.raises(ValueError, match="nonsense"):
-        engine_speculation.cache_bytes("nonsense", config, shapes, 72)
+        engine_speculation.cache_bytes("nonsense", config, shapes, 64, speculation)
 
 
 def test_the_speculation_table_compares_within_a_way_to_draft() -> None:

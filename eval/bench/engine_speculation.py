@@ -87,10 +87,16 @@ def settings(speculation: Speculation, config: dict[str, Any], folder: Path) -> 
     return {"method": "draft_model", "model": str(folder)} | count
 
 
-def cache_bytes(dtype: str, config: dict[str, Any], cells: Sequence[tuple[int, int]], more: int) -> int:
+def cache_bytes(
+    dtype: str,
+    config: dict[str, Any],
+    cells: Sequence[tuple[int, int]],
+    tokens: int,
+    speculation: Speculation,
+) -> int:
     """Bytes of pages, a draft model's among them, that the largest cell needs.
 
-    more: tokens of a request behind its context.
+    tokens: of a request's answer.
 
     Raises:
         ValueError: if it is not known how vLLM packs the dtype.
@@ -99,8 +105,11 @@ def cache_bytes(dtype: str, config: dict[str, Any], cells: Sequence[tuple[int, i
     each = token_bytes(dtype, shape)
     if each is None:
         raise ValueError(f"{dtype}: the size of its pages is not known")
-    tokens = max(batch * -(-(context + more) // _ROOM) * _ROOM for batch, context in cells)
-    return each * (tokens + 2 * _ROOM) * (shape.layers + DRAFT_LAYERS) // shape.layers
+    # Blocks are taken for the drafts of the next step, too.
+    longest = [(batch, context + tokens + 2 * (speculation.tokens + 1)) for batch, context in cells]
+    held = max(batch * -(-length // _ROOM) * _ROOM for batch, length in longest)
+    layers = shape.layers + (DRAFT_LAYERS if speculation.method == "draft" else 0)
+    return (held + held // 100 + 2 * _ROOM) * each * layers // shape.layers
 
 
 def verified(steps: Sequence[Step], batch: int) -> tuple[float, float, int]:
@@ -172,7 +181,7 @@ def measure(
         options = {
             # Room beside other engines: the pages' size is given.
             "gpu_memory_utilization": 0.05,
-            "kv_cache_memory_bytes": cache_bytes(dtype, config, cells, tokens + speculation.tokens + 1),
+            "kv_cache_memory_bytes": cache_bytes(dtype, config, cells, tokens, speculation),
             "compilation_config": {"cudagraph_capture_sizes": sizes},
         }
         given = {name: value for name, value in plan["engine"].items() if name != "gpu_memory_utilization"}

@@ -94,7 +94,7 @@ def _wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 def _bench(model: str, url: str, shape: tuple[int, int], rate: float, seconds: float, seed: int) -> Any:
-    """Findings of `vllm bench serve` with Poisson arrivals of so many requests a second; 0 s: of the fewest."""
+    """Findings of `vllm bench serve`: Poisson arrivals, so many a second; 0 s: of the fewest requests."""
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
