@@ -21,7 +21,7 @@ import engine_runs
 import tiny_models
 
 LOSSLESS, PRESET = "polarquant_lossless", "polarquant_k4v4"
-AT_ONCE = 8
+AT_ONCE = 4
 """Models a process, after which results are written."""
 
 PROMPT_TOKENS, NEW_TOKENS = (5, 60, 130, 200), 16
@@ -49,7 +49,7 @@ def run(names: list[str]) -> dict[str, Result]:
     found: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
-        while left := [name for name in names if name not in found]:
+        while left := [name for name in names if name not in found][:AT_ONCE]:
             out.write_text("")
             status, log = engine_runs.child(
                 __file__, "models", [str(out), left], Path(folder) / "ended.json", **ENV
