@@ -26,7 +26,7 @@ WORDS = 32
 """Tokens that prompts and answers are made of: each has come before, so an n-gram is always found."""
 DRAFT_LAYERS = 2
 
-_ROOM = 64
+_ROOM = 128
 """Tokens that a request's blocks are rounded up to, those of the largest block among dtypes."""
 
 
