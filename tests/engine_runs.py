@@ -369,7 +369,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "exaone4": {},
     "gemma3": {},
     # Without experts, whose kernels not every build of vLLM has.
-    "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 48},
+    "llama4": {"hf_overrides": {"interleave_moe_layer_step": 0}, "num_gpu_blocks_override": 72},
     "granite": {
         "hf_overrides": {
             "attention_multiplier": 0.125,
@@ -543,7 +543,7 @@ def other_dtypes() -> dict[str, Any]:
 def tensor_parallel() -> dict[str, Any]:
     """Questions to two tensor-parallel workers behind an engine core, each in a process of its own."""
     with _engine("polarquant_k4v4", tensor_parallel_size=2, max_num_batched_tokens=512) as llm:
-        return _capacity(llm) | _ask(llm, 1000, 10)
+        return _capacity(llm) | _ask(llm, 1000, 5)
 
 
 def _centring(llm: Any) -> dict[str, Any]:
