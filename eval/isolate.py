@@ -8,6 +8,7 @@ that the processes which an engine starts end with it.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import queue
@@ -142,6 +143,9 @@ def serve(work: Callable[[Any, Report], None]) -> None:
     # Libraries and their processes print where they like: the reports' channel is kept from them.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
         os.dup2(2, 1)
+        # A child that is killed leaves what it had printed.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
 
         def report(found: Any) -> None:
             channel.write(json.dumps(found) + "\n")
