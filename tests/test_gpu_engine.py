@@ -1,6 +1,7 @@
 """The plugin inside vLLM engines on a GPU: what engines on a CPU cannot show. One process a test.
 
-All of them fit one GPU side by side: `pytest -m gpu -n 10 tests/test_gpu_engine.py`.
+They fit one GPU side by side, `pytest -m gpu -n 10 -k "not sleep" tests/test_gpu_engine.py`, but for those of
+sleep: vLLM asserts that the GPU has no less free memory afterwards, which it has while others start.
 """
 
 from __future__ import annotations
