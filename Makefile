@@ -27,7 +27,7 @@ RESULTS ?= eval-results
 help:
 	@echo "make demo       the shipped model with 16-bit and with polar-coded pages, side by side;"
 	@echo "                MODEL=folder takes another model"
-	@echo "make test-fast  the tests that need neither an engine nor a GPU: under two minutes on two cores"
+	@echo "make test-fast  the tests that need no engine, no GPU and no interpreted kernel: two to three minutes on two cores"
 	@echo "make test       lint and every test that runs here"
 	@echo "make models     more than forty architectures, tiny and random, with every cache: an hour on two cores"
 	@echo "make lint       ruff and mypy"

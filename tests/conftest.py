@@ -85,7 +85,7 @@ def sample(cases: list[pytest.Item]) -> list[pytest.Item]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of each interpreted and each `sampled` test leave a sample; slow files begin.
 
-    All but the first interpreted case are slow: each takes seconds, and all of them run compiled on a GPU.
+    Interpreted cases are slow: each takes seconds, and all of them run compiled on a GPU.
     What has a value marked `gpu` is not interpreted. A slow file that came last would leave a core idle.
     """
     left_out: set[pytest.Item] = set()
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.add(item)
         elif interpreted or item.get_closest_marker("sampled"):
             cases = sampled.setdefault((item.path, item.originalname), [])
-            if interpreted and cases:
+            if interpreted:
                 item.add_marker(pytest.mark.slow)
             cases.append(item)
     if not config.getoption("every_case"):

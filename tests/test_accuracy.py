@@ -292,6 +292,7 @@ def test_boundary_layers_are_vllms() -> None:
         assert dtypes.native_layers("turboquant_4bit_nc", Shape(layers, 8, 128, None, 32)) == len(skipped)
 
 
+@pytest.mark.slow
 def test_all_runs_every_preset_and_says_why_others_do_not() -> None:
     names, left_out = dtypes.ask_runnable(128)
     assert names[0] == "auto" and names[-len(PRESETS) :] == list(PRESETS)

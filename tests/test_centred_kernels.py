@@ -144,6 +144,7 @@ def test_decode_adds_what_the_centre_takes_away(preset, head_dim, dtype, device)
     Case(page, [257, 255, 30, 1], [1, 1, 1, 1], device, dtype=dtype).check(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_sms", [1, 3])
 def test_decode_over_many_segments(num_sms, device):
     """More tiles than whose segments' products a warp keeps at a time, from inside a segment on."""

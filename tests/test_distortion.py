@@ -63,6 +63,7 @@ def distortion_of(x: torch.Tensor, x_hat: torch.Tensor) -> float:
     return float((x - x_hat).double().square().sum() / x.double().square().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", STUDIED)
 def test_errors_are_those_of_the_study(found: dict[str, dict[str, Any]], codec: str) -> None:
     row = found[codec]["gaussian"]
@@ -71,6 +72,7 @@ def test_errors_are_those_of_the_study(found: dict[str, dict[str, Any]], codec: 
     assert row["logit"] == pytest.approx(row["squared"], rel=0.08)
 
 
+@pytest.mark.slow
 def test_nothing_beats_shannon(found: dict[str, dict[str, Any]]) -> None:
     assert len(found) > 35
     for row in found.values():
@@ -78,6 +80,7 @@ def test_nothing_beats_shannon(found: dict[str, dict[str, Any]]) -> None:
         assert row["gaussian"]["squared"] > row["limit"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [*BITS, SCALAR_BITS])
 def test_our_rows_are_what_the_public_class_does(found: dict[str, dict[str, Any]], bits: float) -> None:
     codec = PolarQuant(128, bits)
@@ -168,6 +171,7 @@ def test_int4_is_the_kernel_of_vllm_in_a_loop() -> None:
         assert row == pytest.approx([(code - zero) * scale for code in codes], rel=2e-6, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "overhead"), [(16, 2.0), (64, 0.5), (None, 0.25)])
 def test_scale_and_zero_point_cost_32_bits_a_block(
     found: dict[str, dict[str, Any]], block: int | None, overhead: float
@@ -179,6 +183,7 @@ def test_scale_and_zero_point_cost_32_bits_a_block(
     assert codecs.min_max(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 2, None).tolist() == [[1, 2, 3, 4]]
 
 
+@pytest.mark.slow
 def test_stored_bits_of_the_layouts_of_others(found: dict[str, dict[str, Any]]) -> None:
     stored = {name: row["stored_bits"] for name, row in found.items()}
     # K and V of int4_per_token_head are 136 bytes at d = 128, those of fp8 are 256.

@@ -79,6 +79,7 @@ def test_a_summary_compares_the_same_documents_only() -> None:
         summarise(Params("t", metric="f1,none"), have, results, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", suite_names())
 def test_tasks_and_metrics_of_shipped_suites_exist(suite: str) -> None:
     """In the installed lm-eval, and prompts are longer than a chunk."""
@@ -118,6 +119,7 @@ def command(tmp_path: Path, cell: dict[str, Any], *arguments: str) -> Any:
     return result.stderr
 
 
+@pytest.mark.slow
 def test_the_command_names_unknown_tasks_and_wrong_limits(tmp_path: Path) -> None:
     assert "has no task 'gsm9k'" in command(tmp_path, {"task": "gsm9k"})
     wrong = command(tmp_path, {"task": "probe_text"}, "--limit", "-3")
@@ -152,6 +154,7 @@ def test_results_are_named_by_the_task_itself(tmp_path: Path, monkeypatch: pytes
     assert first["hub"] == []
 
 
+@pytest.mark.slow
 def test_files_take_the_place_of_a_data_set_on_the_hub(tmp_path: Path) -> None:
     """lm-eval's own task otherwise: its prompt, its answers, its metrics."""
     test, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
