@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -135,6 +135,21 @@ def end_all() -> None:
     """End every child of this process: an interrupted one waits for the threads that read theirs."""
     for child in list(_running):
         child.end()
+
+
+def why(problem: Exception) -> str:
+    """An error in a line."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:500]
+
+
+def report_all(findings: Iterable[tuple[str, Any]], report: Report) -> None:
+    """Report [name, finding] as each is found, and why the rest is not as ["error", ...]."""
+    try:
+        for name, finding in findings:
+            report([name, finding])
+    except Exception as problem:
+        report(["error", why(problem)])
+        raise
 
 
 def serve(work: Callable[[Any, Report], None]) -> None:

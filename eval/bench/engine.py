@@ -28,18 +28,17 @@ from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import (
     begun,
-    check_out,
     check_same,
     continued,
     earlier,
     machine,
     numbers,
     query_gpu,
-    redraw,
+    redrawn,
     same_version,
     without_ours,
 )
-from vllm_polarquant.eval.report.page import Report, print_tables, save, write
+from vllm_polarquant.eval.report.page import Report, publish, save
 from vllm_polarquant.format import DEFAULT_PRESET, PRESETS
 
 MODEL = Path(__file__).parents[1] / "models" / "llama-3.1-8b"
@@ -272,9 +271,7 @@ def main(
 ) -> None:
     """Measure every dtype; one that fails or takes too long keeps what it found, the rest are finished."""
     console = Console()
-    check_out(out)
-    if render is not None:
-        console.print(*redraw(render, out, TITLE, sections), sep="\n")
+    if redrawn(console, out, render, TITLE, sections):
         return
     end_on_sigterm(f"python -m {__spec__.name}")
     plan = plan_of(
@@ -309,8 +306,7 @@ def main(
 
     todo = [(each, dtype) for each in speculations for dtype in names if missing(each, dtype)]
     speculate(todo, plan, jobs, found, out, console)
-    print_tables(console, sections(found))
-    console.print(*write(out, TITLE, found, sections(found)), sep="\n")
+    publish(console, out, TITLE, found, sections(found))
     if all("error" in measured for runs in _tables(found).values() for measured in runs.values()):
         raise typer.Exit(1)
 

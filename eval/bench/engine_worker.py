@@ -226,16 +226,15 @@ def measure_in_turn(job: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def work(job: dict[str, Any], report: isolate.Report) -> None:
-    """Report [name, finding] as each is found, and why the rest is not as ["error", ...]."""
+    """`isolate.report_all` of what `measure` or `measure_in_turn` finds."""
     found: dict[str, Any] = {}
-    try:
-        measured = measure_in_turn(job) if job["speculation"] else measure(job["dtype"], job["plan"], found)
-        for name, finding in measured:
-            found[name] = finding
-            report([name, finding])
-    except Exception as problem:
-        report(["error", f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:500]])
-        raise
+
+    def keep(finding: Any) -> None:
+        found[finding[0]] = finding[1]
+        report(finding)
+
+    measured = measure_in_turn(job) if job["speculation"] else measure(job["dtype"], job["plan"], found)
+    isolate.report_all(measured, keep)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ def explain(problem: Exception) -> str:
     """Why a job failed, in a line."""
     if isinstance(problem, ModuleNotFoundError) and (problem.name or "").split(".")[0] == "vllm":
         return "not installed"
-    text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {text}"[:300]
+    return isolate.why(problem)[:300]
 
 
 def work(job: dict[str, Any], report: isolate.Report) -> None:

@@ -34,17 +34,16 @@ from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import shown, value
 from vllm_polarquant.eval.report.environment import (
     begun,
-    check_out,
     check_same,
     continued,
     earlier,
     machine,
     query_gpu,
-    redraw,
+    redrawn,
     same_version,
     without_ours,
 )
-from vllm_polarquant.eval.report.page import Report, print_tables, save, write
+from vllm_polarquant.eval.report.page import Report, publish, save
 from vllm_polarquant.format import PRESETS
 
 START_LIMIT_S = 180.0
@@ -147,9 +146,7 @@ def main(
 ) -> None:
     """Measure the grid; a cell that fails is reported in its place, and the rest are finished."""
     console = Console()
-    check_out(out)
-    if render is not None:
-        console.print(*redraw(render, out, TITLE, sections), sep="\n")
+    if redrawn(console, out, render, TITLE, sections):
         return
     end_on_sigterm(f"python -m {__spec__.name}")
     names = [name for name in dtypes.split(",") if name]
@@ -184,8 +181,7 @@ def main(
         save(out, found)
     for name, speed in found["bandwidth"].items():
         found["environment"][f"{name} bandwidth"] = f"{(value(speed) or 0) / 1e12:.2f} TB/s"
-    print_tables(console, sections(found))
-    console.print(*write(out, TITLE, found, sections(found)), sep="\n")
+    publish(console, out, TITLE, found, sections(found))
     if not any("median" in cell["result"] for cell in found["cells"]):
         raise typer.Exit(1)
 

@@ -30,7 +30,7 @@ from vllm_polarquant.eval.plan import PROBE
 from vllm_polarquant.eval.probe.episodes import MODEL_DIR
 from vllm_polarquant.eval.report.cells import shown
 from vllm_polarquant.eval.report.environment import begun, check_out, check_same, continued, earlier, machine
-from vllm_polarquant.eval.report.page import Report, Section, print_tables, save, write
+from vllm_polarquant.eval.report.page import Report, Section, publish, save
 from vllm_polarquant.eval.statistics import Z
 from vllm_polarquant.format import DEFAULT_PRESET, LOSSLESS
 
@@ -274,8 +274,7 @@ def main(
         for dtype in large_dtypes.split(","):
             report["large"][dtype] = engine_bench.run(dtype, plan, console)
             save(out, report)
-    print_tables(console, sections(report))
-    console.print(*write(out, TITLE, report, sections(report)), sep="\n")
+    publish(console, out, TITLE, report, sections(report))
     wrong = failures(report["layouts"])
     console.print(*wrong, sep="\n", markup=False)
     if wrong or any("error" in found for found in report["large"].values()):

@@ -129,7 +129,7 @@ def work(job: dict[str, Any], report: isolate.Report) -> None:
     try:
         found = measure(job)
     except Exception as problem:
-        report({"error": f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:500]})
+        report({"error": isolate.why(problem)})
         raise
     files = [f"{job['files']}-{number}.npz" for number in range(len(found))]
     for file, arrays in zip(files, found, strict=True):

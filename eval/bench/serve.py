@@ -28,12 +28,11 @@ from vllm_polarquant.eval.command import end_on_sigterm
 from vllm_polarquant.eval.report.cells import number, ratio, shown, times
 from vllm_polarquant.eval.report.environment import (
     begun,
-    check_out,
     continued,
     earlier,
-    redraw,
+    redrawn,
 )
-from vllm_polarquant.eval.report.page import Report, Section, print_tables, save, write
+from vllm_polarquant.eval.report.page import Report, Section, publish, save
 from vllm_polarquant.eval.report.panels import Panel
 from vllm_polarquant.format import DEFAULT_PRESET
 
@@ -169,9 +168,7 @@ def main(
 ) -> None:
     """Measure every dtype; one that fails or takes too long keeps what it found, the rest are finished."""
     console = Console()
-    check_out(out)
-    if render is not None:
-        console.print(*redraw(render, out, TITLE, sections), sep="\n")
+    if redrawn(console, out, render, TITLE, sections):
         return
     end_on_sigterm(f"python -m {__spec__.name}")
     plan = {
@@ -194,8 +191,7 @@ def main(
             measured = watch(WORKER, job, dtype, limit, console)
             found["runs"][dtype] = without_clocks(measured, found)
             save(out, found)
-    print_tables(console, sections(found))
-    console.print(*write(out, TITLE, found, sections(found)), sep="\n")
+    publish(console, out, TITLE, found, sections(found))
     if all("error" in measured for measured in found["runs"].values()):
         raise typer.Exit(1)
 

@@ -159,13 +159,8 @@ def measure(dtype: str, plan: dict[str, Any], log: Path) -> Iterator[tuple[str, 
 
 
 def work(job: dict[str, Any], report: isolate.Report) -> None:
-    """Report [name, finding] as each is found, and why the rest is not as ["error", ...]."""
-    try:
-        for name, finding in measure(job["dtype"], job["plan"], Path(job["log"])):
-            report([name, finding])
-    except Exception as problem:
-        report(["error", f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:500]])
-        raise
+    """`isolate.report_all` of what `measure` finds."""
+    isolate.report_all(measure(job["dtype"], job["plan"], Path(job["log"])), report)
 
 
 if __name__ == "__main__":

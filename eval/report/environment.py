@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
 
 import vllm_polarquant
 from vllm_polarquant.eval.report.page import Report, Section, check_stem, path_of, write
@@ -104,15 +105,29 @@ def check_out(stem: Path) -> None:
         raise typer.BadParameter(str(problem)) from None
 
 
-def redraw(path: Path, stem: Path, title: str, sections: Callable[[Report], Sequence[Section]]) -> list[str]:
-    """`page.write` of a JSON report as it is; raises typer.BadParameter if it is of another command."""
+def redrawn(
+    console: Console,
+    stem: Path,
+    path: Path | None,
+    title: str,
+    sections: Callable[[Report], Sequence[Section]],
+) -> bool:
+    """Do what --render asks: `page.write` of a JSON report as it is. False without --render.
+
+    Raises:
+        typer.BadParameter: if no report can be written there, or that one is of another command.
+    """
+    check_out(stem)
+    if path is None:
+        return False
     found = _read(path, "--render")
     try:
         made = sections(found)
         found["command"]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as problem:
         raise typer.BadParameter(f"--render: {path} is no report of this command: {problem!r}") from None
-    return write(stem, title, found, made)
+    console.print(*write(stem, title, found, made), sep="\n")
+    return True
 
 
 def machine(found: Report) -> dict[str, Any]:

@@ -52,13 +52,6 @@ def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def print_tables(console: Console, sections: Sequence[Section]) -> None:
-    """The tables as `markdown` has them, without the notes."""
-    for section in sections:
-        console.print(f"\n{section.title}")
-        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
-
-
 def path_of(stem: Path, kind: str) -> Path:
     """STEM.KIND, whatever dots the stem has."""
     return stem.with_name(f"{stem.name}.{kind}")
@@ -91,3 +84,11 @@ def write(stem: Path, title: str, report: Report, sections: Sequence[Section]) -
     except ImportError as problem:
         return [*map(str, paths[:2]), f"no plot ({problem}); draw it elsewhere with --render {paths[0]}"]
     return [str(path) for path in paths]
+
+
+def publish(console: Console, stem: Path, title: str, report: Report, sections: Sequence[Section]) -> None:
+    """Print the tables as `markdown` has them, without the notes, and then what `write` says."""
+    for section in sections:
+        console.print(f"\n{section.title}")
+        console.print(markdown_table(section.header, section.rows), markup=False, soft_wrap=True)
+    console.print(*write(stem, title, report, sections), sep="\n")
