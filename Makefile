@@ -8,7 +8,8 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11; do \
 	&& echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
-# Most of what vLLM brings is never imported: what is, Python compiles then.
+# Most of what vLLM brings is never imported: what is, Python compiles then, once, if it may write what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 
 # The model of `make demo`: a folder or a name on the hub; the shipped one, if empty.
@@ -27,7 +28,7 @@ RESULTS ?= eval-results
 help:
 	@echo "make demo       the shipped model with 16-bit and with polar-coded pages, side by side;"
 	@echo "                MODEL=folder takes another model"
-	@echo "make test-fast  the tests that need no engine, no GPU and no interpreted kernel: two to three minutes on two cores"
+	@echo "make test-fast  the tests that need no engine, no GPU and no interpreted kernel: under two minutes on two cores"
 	@echo "make test       lint and every test that runs here"
 	@echo "make models     more than forty architectures, tiny and random, with every cache: an hour on two cores"
 	@echo "make lint       ruff and mypy"
