@@ -188,7 +188,7 @@ def test_the_default_grid_varies_one_thing_at_a_time_and_has_the_judged_shapes()
     assert axes["batch"] == {1, 8, 20, 128}
     assert axes["context"] == {1024, 8192, 32768, 131072}
     assert axes["group"] == {1, 8}
-    assert axes["head_dim"] == {64, 256}
+    assert axes["head_dim"] == {64, 256, 512}
     assert (CENTRE.batch, CENTRE.context, CENTRE.group, CENTRE.head_dim) == (32, 16384, 4, 128)
 
 
@@ -221,10 +221,14 @@ def test_the_full_grid_is_the_whole_product() -> None:
 
 
 def grid_extras() -> set[Case]:
-    """Batches other than 32 at 16k, which only the default grid has."""
+    """Batches other than 32 at 16k, unequal lengths and head_dim 512, which only the default grid has."""
     unequal = {case for case in default_cases() if case.lengths != "equal"}
     assert {case.lengths for case in unequal} == {"mixed", "one long"}
-    return {replace(CENTRE, batch=batch) for batch in (1, 8, 20, 128)} | unequal
+    return (
+        {replace(CENTRE, batch=batch) for batch in (1, 8, 20, 128)}
+        | unequal
+        | {replace(CENTRE, head_dim=512)}
+    )
 
 
 def test_lengths_of_a_mixed_batch_spread_evenly_around_the_context() -> None:

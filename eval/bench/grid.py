@@ -155,7 +155,7 @@ _VARIANTS = (
 _STORES = [Case("store", 1, STORE_POOL, tokens=n) for n in (32, 512, 8192)]
 _PREFIXES = [
     Case("prefix", 1, context, tokens=tokens)
-    for tokens, context in ((2048, 16384), (8192, 32768), (8192, 102400))
+    for tokens, context in ((64, 32768), (2048, 16384), (8192, 32768), (8192, 102400))
 ]
 
 
@@ -166,7 +166,7 @@ def default_cases() -> list[Case]:
     decodes += [replace(CENTRE, context=context) for context in (1024, 8192, 32768)]
     decodes += [replace(CENTRE, batch=b, context=c) for b, c in ((1, 131072), (8, 1024), (128, 1024))]
     decodes += [replace(CENTRE, group=group) for group in (1, 8)]
-    decodes += [replace(CENTRE, head_dim=head_dim) for head_dim in (64, 256)]
+    decodes += [replace(CENTRE, head_dim=head_dim) for head_dim in (64, 256, 512)]
     decodes += [replace(CENTRE, batch=batch, lengths="mixed") for batch in (8, 32)]
     decodes += [replace(CENTRE, batch=20), replace(CENTRE, context=131072, lengths="one long")]
     return [*decodes, *_VARIANTS, *_STORES, *_PREFIXES]
