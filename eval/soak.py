@@ -1,26 +1,31 @@
 """Random serving of the shipped model, and every answer compared with the same request alone.
 
     python -m vllm_polarquant.eval.soak --kv-cache-dtype polarquant_k4v4 --requests 1000
+    python -m vllm_polarquant.eval.soak --requests 1000 --seconds 500 --compare-every 20
 
 Requests arrive and are aborted at random, share prefixes, are preempted as the cache is small, stop at
-strings and draft by n-grams, or without drafts draw several samples, in an order that the seed decides.
-Afterwards each greedy one is asked again alone, in an empty cache: its tokens must be the same up to a
-near-tie, its logprobs close. No logprob may be infinite or NaN, every block is free again at the end, and
-memory does not grow.
+strings, draft by n-grams and draw several samples, in an order that the seed decides. Afterwards greedy ones
+are asked again alone, in an empty cache: their tokens must be the same up to a near-tie, their logprobs
+close. No logprob may be infinite or NaN, every block is free again at the end, and memory does not grow. With
+--seconds that is repeated with other requests until the time is over.
 
 Prompts attend to what they stored (`prefill_from_pages`), as else a cached prefix gives other text by design.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import random
 import resource
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from vllm_polarquant.eval.command import FAILED, end_on_sigterm, fail
@@ -40,6 +45,9 @@ what differs in the last bit may be stored as another code."""
 
 GROWTH_MIB = 64
 """Of memory in the second half of a run: allocators keep some, a leak keeps more the longer it runs."""
+
+MOST_WRONG = 100
+"""Lines that are kept of what is wrong; a run that has more ends."""
 
 
 @dataclass
@@ -71,16 +79,21 @@ class Asked:
                 self.tokens, self.logprobs = list(sample.token_ids), ranked
 
 
+@functools.cache
+def _texts() -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR))
+    return [tokenizer.encode(row["text"])[: MAX_LEN - 32] for row in load_heldout()[:6]]
+
+
 def requests(count: int, seed: int, sampled: bool) -> list[Asked]:
     """Requests of the shipped model, many with the beginning of others.
 
     sampled: whether some are not greedy.
     """
-    from transformers import AutoTokenizer
-
     rng = random.Random(f"soak {seed}")
-    tokenizer = AutoTokenizer.from_pretrained(str(MODEL_DIR))
-    texts = [tokenizer.encode(row["text"])[: MAX_LEN - 32] for row in load_heldout()[:6]]
+    texts = _texts()
     found = []
     for number in range(count):
         text = rng.choice(texts)
@@ -105,15 +118,22 @@ def _add(running: Any, asked: Asked, name: str) -> None:
     running.add_request(name, {"prompt_token_ids": asked.prompt}, SamplingParams(**asked.params))
 
 
-def _resident_mib() -> float:
+def _memory_mib() -> float:
+    """Of this process, on the host and on a GPU."""
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+        pages = int(file.read().split()[1])
+    on_gpu = torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+    return (pages * resource.getpagesize() + on_gpu) / 2**20
 
 
-def serve(running: Any, asked: list[Asked], seed: int) -> dict[str, float]:
-    """Ask all of them in a random order of arrivals and aborts; what memory did meanwhile, MiB."""
+def serve(running: Any, asked: list[Asked], seed: int, memory: list[float]) -> int:
+    """Ask all of them in a random order of arrivals and aborts: the number of steps.
+
+    memory: gets four values, MiB, while they are served.
+    """
     rng = random.Random(f"arrivals {seed}")
-    waiting, now, memory = list(asked), dict[str, Asked](), {}
+    waiting, now, steps = list(asked), dict[str, Asked](), 0
+    marks = [len(asked) * (3 - quarter) // 4 for quarter in range(4)]
     while waiting or now:
         # Bursts, and between them pauses in which the engine runs dry.
         for _ in range(rng.choice((0, 0, 0, 1, 2, 8)) if waiting else 0):
@@ -125,14 +145,16 @@ def serve(running: Any, asked: list[Asked], seed: int) -> dict[str, float]:
             name = rng.choice(sorted(now))
             now.pop(name).aborted = True
             running.abort_request([name])
+        steps += 1
         for output in running.step():
             if output.request_id in now:
                 now[output.request_id].take(output)
                 if output.finished:
                     del now[output.request_id]
-        if len(waiting) == len(asked) // 2:
-            memory["half"] = _resident_mib()
-    return memory | {"end": _resident_mib()}
+        while marks and len(waiting) <= marks[0] and (waiting or not now):
+            marks.pop(0)
+            memory.append(_memory_mib())
+    return steps
 
 
 def alone(llm: Any, asked: Asked) -> Asked:
@@ -171,9 +193,19 @@ def _counters(llm: Any) -> dict[str, int]:
 
 
 def soak(
-    dtype: str, count: int, seed: int, options: dict[str, Any], near: float | None = None
+    dtype: str,
+    count: int,
+    seed: int,
+    options: dict[str, Any],
+    near: float | None = None,
+    seconds: float = 0,
+    every: int = 1,
 ) -> dict[str, Any]:
-    """Serve and compare; counts of what happened, and a line for everything that is wrong."""
+    """Serve and compare; counts of what happened, and a line for everything that is wrong.
+
+    count: requests a round; there is one round at least, and others while `seconds` are not over.
+    every: of so many greedy requests one is asked again alone.
+    """
     settings = {
         "dtype": "float16",
         "enforce_eager": True,
@@ -188,32 +220,47 @@ def soak(
         "additional_config": {SECTION: {"prefill_from_pages": True}},
     }
     settings |= options
-    # vLLM's CPU build drafts wrong tokens for greedy requests beside others, with any dtype.
-    asked = requests(count, seed, sampled=settings["speculative_config"] is None)
-    with engine(str(MODEL_DIR), dtype, **settings) as llm:
-        memory = serve(llm.llm_engine, asked, seed)
-        counted = _counters(llm)
-        wrong = [] if llm.reset_prefix_cache() else ["blocks are still in use after the last request"]
-        compared = [(one, alone(llm, one)) for one in asked if one.greedy and one.tokens]
     if near is None:
         near = CODED_NEAR_TIE if dtype in PRESETS else NEAR_TIE
-    wrong += [
-        f"request {one.name}: {why}" for one, again in compared if (why := difference(one, again, near))
-    ]
-    wrong += [f"request {one.name}: a logprob is not finite" for one in asked if not one.finite]
-    wrong += [f"request {one.name}: no tokens" for one in asked if not (one.tokens or one.aborted)]
-    grown = memory["end"] - memory.get("half", memory["end"])
-    if grown > GROWTH_MIB:
-        wrong.append(f"memory grew by {grown:.0f} MiB in the second half")
+    # vLLM's CPU build drafts wrong tokens for greedy requests beside others, with any dtype.
+    sampled = settings["speculative_config"] is None or torch.cuda.is_available()
+    total: Counter[str] = Counter()
+    wrong: list[str] = []
+    memory: list[float] = []
+    with engine(str(MODEL_DIR), dtype, **settings) as llm:
+        began, rounds = time.monotonic(), 0
+        while not rounds or (time.monotonic() - began < seconds and len(wrong) < MOST_WRONG):
+            asked = requests(count, seed + rounds, sampled)
+            before = _counters(llm)
+            total["steps"] += serve(llm.llm_engine, asked, seed + rounds, memory)
+            total.update(_counters(llm))
+            total.subtract(before)
+            if not llm.reset_prefix_cache():
+                wrong.append("blocks are still in use after the last request")
+            greedy = [one for one in asked if one.greedy and one.tokens][::every]
+            compared = [(one, alone(llm, one)) for one in greedy]
+            problems = [(one, difference(one, again, near)) for one, again in compared]
+            problems += [(one, "a logprob is not finite") for one in asked if not one.finite]
+            problems += [(one, "no tokens") for one in asked if not (one.tokens or one.aborted)]
+            wrong += [f"seed {seed + rounds}, request {one.name}: {why}" for one, why in problems if why]
+            total.update(
+                {
+                    "requests": len(asked),
+                    "aborted": sum(one.aborted for one in asked),
+                    "samples": sum(one.params.get("n", 1) for one in asked),
+                    "tokens": sum(len(one.tokens) for one in asked),
+                    "compared": len(compared),
+                    "the same to the last token": sum(one.tokens == again.tokens for one, again in compared),
+                }
+            )
+            rounds += 1
+    quarters = [memory[len(memory) * quarter // 4 - 1] for quarter in range(1, 5)]
+    if quarters[3] - quarters[1] > GROWTH_MIB:
+        wrong.append(f"memory grew by {quarters[3] - quarters[1]:.0f} MiB in the second half")
     return {
-        "requests": len(asked),
-        "aborted": sum(one.aborted for one in asked),
-        "samples": sum(one.params.get("n", 1) for one in asked),
-        "tokens": sum(len(one.tokens) for one in asked),
-        "compared": len(compared),
-        "the same to the last token": sum(one.tokens == again.tokens for one, again in compared),
-        **counted,
-        "memory grew, MiB": round(grown, 1),
+        **total,
+        "seconds": round(time.monotonic() - began, 1),
+        "memory after each quarter, MiB": [round(found) for found in quarters],
         "wrong": wrong,
     }
 
@@ -228,6 +275,12 @@ def main(
     near: Annotated[
         float | None, typer.Option(help="Logprobs nearer than this count as the same.", min=0)
     ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Go on with other requests, as many at a time, for so long.", min=0)
+    ] = 0,
+    every: Annotated[
+        int, typer.Option("--compare-every", help="Of so many greedy requests ask one again alone.", min=1)
+    ] = 1,
 ) -> None:
     """Print what happened as JSON; exits with 1 if an answer is another than alone."""
     end_on_sigterm(COMMAND)
@@ -238,7 +291,7 @@ def main(
         fail(COMMAND, problem)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     use_in_process_engine()
-    found = soak(kv_cache_dtype, count, seed, more, near)
+    found = soak(kv_cache_dtype, count, seed, more, near, seconds, every)
     typer.echo(json.dumps(found, indent=1))
     if found["wrong"]:
         raise typer.Exit(FAILED)
