@@ -138,6 +138,9 @@ def child(name: str = "OffloadingConnector", **extra: Any) -> dict[str, Any]:
         ("OffloadingConnector", FILES),
         ("MultiConnector", {"connectors": [child()]}),
         ("MultiConnector", {"connectors": [child(**FILES)]}),
+        ("NixlConnector", {}),
+        ("NixlConnector", {"backends": ["UCX"], "enforce_handshake_compat": True}),
+        ("MultiConnector", {"connectors": [child("NixlConnector"), child()]}),
     ],
 )
 def test_tiers_that_were_tried_are_served(connector: str, extra: dict[str, Any]) -> None:
@@ -147,7 +150,9 @@ def test_tiers_that_were_tried_are_served(connector: str, extra: dict[str, Any])
 @pytest.mark.parametrize(
     ("connector", "extra", "named"),
     [
-        ("NixlConnector", {}, "NixlConnector"),
+        ("NixlPushConnector", {}, "NixlPushConnector"),
+        ("NixlConnector", {"enforce_handshake_compat": False}, "enforce_handshake_compat"),
+        ("NixlConnector", {"bidirectional_kv_xfer": True}, "bidirectional_kv_xfer"),
         ("LMCacheConnectorV1", {}, "LMCacheConnectorV1"),
         ("ExampleConnector", {}, "ExampleConnector"),
         ("OffloadingConnector", {"spec_name": "TheirSpec"}, "TheirSpec"),
@@ -155,19 +160,46 @@ def test_tiers_that_were_tried_are_served(connector: str, extra: dict[str, Any])
         ("OffloadingConnector", FILES | {"secondary_tiers": [{"type": "fs"}, {"type": "obj"}]}, "obj"),
         ("OffloadingConnector", FILES | {"secondary_tiers": ["fs"]}, "None"),
         ("OffloadingConnector", FILES | {"canonical_layout": True}, "canonical_layout"),
-        ("MultiConnector", {"connectors": [child("NixlConnector")]}, "NixlConnector"),
+        ("MultiConnector", {"connectors": [child("NixlConnector")] * 2}, "more than one NixlConnector"),
+        (
+            "MultiConnector",
+            {"connectors": [child("NixlConnector", enforce_handshake_compat=False)]},
+            "enforce_handshake_compat",
+        ),
         ("MultiConnector", {"connectors": [child(spec_name="TheirSpec")]}, "TheirSpec"),
-        ("MultiConnector", {"connectors": [child(), child()]}, "more than one"),
+        ("MultiConnector", {"connectors": [child(), child()]}, "more than one OffloadingConnector"),
     ],
 )
 def test_others_are_refused_by_name(connector: str, extra: dict[str, Any], named: str) -> None:
     assert any(named in value for value in refused(connector, extra))
 
 
-def test_a_class_of_somebody_elses_by_a_known_name_is_refused() -> None:
-    assert refused("OffloadingConnector", {}, module="somebody.elses") == ["OffloadingConnector"]
-    other = child() | {"kv_connector_module_path": "somebody.elses"}
-    assert refused("MultiConnector", {"connectors": [other]}) == ["OffloadingConnector"]
+@pytest.mark.parametrize("name", ["OffloadingConnector", "NixlConnector"])
+def test_a_class_of_somebody_elses_by_a_known_name_is_refused(name: str) -> None:
+    assert refused(name, {}, module="somebody.elses") == [name]
+    other = child(name) | {"kv_connector_module_path": "somebody.elses"}
+    assert refused("MultiConnector", {"connectors": [other]}) == [name]
+
+
+@pytest.mark.parametrize("multi", [False, True])
+@pytest.mark.parametrize(
+    ("sleeps", "buffer", "named"),
+    [(False, "cuda", []), (True, "cuda", ["sleep mode"]), (False, "cpu", ["kv_buffer_device"])],
+)
+def test_peers_neither_sleep_nor_go_through_the_host(
+    sleeps: bool, buffer: str, named: list[str], multi: bool
+) -> None:
+    peer = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": buffer}
+    if multi:
+        extra = {"connectors": [peer]}
+        peer = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_buffer_device": "cuda"}
+        peer["kv_connector_extra_config"] = extra
+    config = SimpleNamespace(
+        kv_transfer_config=KVTransferConfig(**peer), model_config=SimpleNamespace(enable_sleep_mode=sleeps)
+    )
+    hits = list(support._peer_hits(config, SimpleNamespace(is_cuda=lambda: True)))
+    assert len(hits) == len(named)
+    assert all(word in str(hit.values["value"]) for hit, word in zip(hits, named, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -154,12 +154,12 @@ def with_connector(connector: str, **extra: str) -> VllmConfig:
     return config
 
 
-def test_offloading_to_this_process_is_the_one_connector_that_works() -> None:
+def test_connectors_that_were_not_tried_are_refused() -> None:
     asked = selector(use_kv_connector=True)
     support.check_selector(asked, with_connector("OffloadingConnector"))
     support.check_selector(asked, with_connector("OffloadingConnector", spec_name="CPUOffloadingSpec"))
     for config in (
-        with_connector("NixlConnector"),
+        with_connector("ExampleConnector"),
         with_connector("OffloadingConnector", spec_name="TieringSpec"),
     ):
         sentence = refusal(support.check_selector, asked, config)
@@ -605,7 +605,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], support.Rule, dict[str,
     ),
     "another connector": (
         LLAMA,
-        {"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}},
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         support.KV_CONNECTOR,
         {
             "kv_transfer_config": {

@@ -251,6 +251,27 @@ def name_offloaded(label: str) -> None:
     offloading_connector.build_offloading_config = build_offloading_config
 
 
+def name_to_peers(name: str) -> None:
+    """Add a name to what NixlConnector compares with a peer's before it reads the other's blocks.
+
+    Called in a worker, once, before it is asked for what it tells its peers. Without that connector it does
+    nothing.
+    """
+    from vllm.distributed import kv_transfer
+
+    if not kv_transfer.has_kv_transfer_group():
+        return
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector
+
+    group = kv_transfer.get_kv_transfer_group()
+    # Of a MultiConnector each.
+    for connector in getattr(group, "_connectors", [group]):
+        if isinstance(connector, NixlConnector):
+            worker = connector.connector_worker
+            worker.compat_hash = f"{worker.compat_hash}-{name}"
+            worker.xfer_handshake_metadata.compatibility_hash = worker.compat_hash
+
+
 def hide_numba() -> None:
     """Let another engine start in this process after numba has been imported.
 

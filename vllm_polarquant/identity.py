@@ -1,8 +1,9 @@
 """What names the contents of a KV cache, so that bytes of one meaning are never read as another's.
 
-vLLM's keys of blocks that leave the GPU hold the dtype's name, which says neither a page's format nor the
-tables that its keys were centred with. Workers know both once the pass at start-up is over. The engine core
-asks them before it makes its scheduler, and so before anything looks for blocks.
+vLLM's keys of blocks that leave the GPU hold the dtype's name, and so does what peers compare; it says
+neither a page's format nor the tables that its keys were centred with. Workers know both once the pass at
+start-up is over. The engine core asks them before it makes its scheduler, and so before anything looks for
+blocks or listens for peers.
 """
 
 from __future__ import annotations
@@ -76,6 +77,13 @@ def joined(ranks: Iterable[Identity | None]) -> Identity | None:
         _name(json.dumps([rank.name for rank in found])),
         tuple(share for rank in found for share in rank.energy_removed),
     )
+
+
+def tell_peers(worker: Any, identity: Identity | None) -> None:
+    """Let a worker's peers, those of its rank in other engines of as many ranks, compare its identity."""
+    if identity is not None:
+        ranks = worker.vllm_config.parallel_config.world_size
+        compat.name_to_peers(f"{identity.name}-{ranks}")
 
 
 def _name(text: str) -> str:

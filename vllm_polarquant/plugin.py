@@ -66,4 +66,6 @@ def _publish(executor: Any) -> None:
 def _of_worker(worker: object) -> tuple[object, object]:
     from vllm_polarquant import announce, identity
 
-    return identity.of_worker(worker), announce.of_worker(worker)
+    found = identity.of_worker(worker)
+    identity.tell_peers(worker, found)
+    return found, announce.of_worker(worker)

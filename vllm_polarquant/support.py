@@ -19,7 +19,10 @@ AUTO = "serve the model with --kv-cache-dtype auto"
 
 DTYPES = ("bfloat16", "float16")
 MIN_CAPABILITY = (8, 0)
-CONNECTOR, MULTI_CONNECTOR = "OffloadingConnector", "MultiConnector"
+CONNECTOR, PEER_CONNECTOR, MULTI_CONNECTOR = "OffloadingConnector", "NixlConnector", "MultiConnector"
+PEER_OPTIONS = {"enforce_handshake_compat": True, "bidirectional_kv_xfer": False}
+"""Of its extra config what has one value alone: peers are to compare what their bytes mean."""
+
 OFFLOAD_SPECS, FILE_TIER = ("CPUOffloadingSpec", "TieringOffloadingSpec"), "fs"
 
 Config = Mapping[str, Any]
@@ -250,7 +253,8 @@ DRAFT_TOKENS = Rule(
 KV_CONNECTOR = Rule(
     "KV connector",
     "the KV connector {value}",
-    f"use {CONNECTOR} with {OFFLOAD_SPECS[0]}, or with {OFFLOAD_SPECS[1]} and tiers of type {FILE_TIER}",
+    f"use {CONNECTOR} with {OFFLOAD_SPECS[0]}, or with {OFFLOAD_SPECS[1]} and tiers of type {FILE_TIER}; "
+    f"between engines {PEER_CONNECTOR}, as vLLM sets it up",
 )
 BLOCK_SIZE = Rule(
     "block size",
@@ -373,15 +377,21 @@ def _connector_hits(name: object, module: object, extra: Any) -> Iterator[Hit]:
     extra = extra if isinstance(extra, Mapping) else {}
     if name == MULTI_CONNECTOR and not module:
         children = extra.get("connectors") or []
-        if len(children) > 1:
-            # vLLM gives them one engine's name, and memory under that name.
-            yield Hit(KV_CONNECTOR, {"value": f"{name} with more than one {CONNECTOR}"})
+        names = [child.get("kv_connector") for child in children]
+        for each in sorted({str(each) for each in names if names.count(each) > 1}):
+            # vLLM gives them one engine's name, and memory or a port under that name.
+            yield Hit(KV_CONNECTOR, {"value": f"{name} with more than one {each}"})
         for child in children:
             yield from _connector_hits(
                 child.get("kv_connector"),
                 child.get("kv_connector_module_path"),
                 child.get("kv_connector_extra_config"),
             )
+        return
+    if name == PEER_CONNECTOR and not module:
+        for option, value in PEER_OPTIONS.items():
+            if extra.get(option, value) != value:
+                yield Hit(KV_CONNECTOR, {"value": f"{name} with {option}"})
         return
     if name != CONNECTOR or module:
         yield Hit(KV_CONNECTOR, {"value": name})
@@ -395,6 +405,21 @@ def _connector_hits(name: object, module: object, extra: Any) -> Iterator[Hit]:
             yield Hit(KV_CONNECTOR, {"value": f"{name} with a tier of type {kind}"})
     if extra.get("canonical_layout"):
         yield Hit(KV_CONNECTOR, {"value": f"{name} with canonical_layout"})
+
+
+def _peer_hits(config: Any, platform: Any) -> Iterator[Hit]:
+    """What an engine that reads its peers' pages has besides, and was not tried."""
+    transfer = config.kv_transfer_config
+    children = (transfer.kv_connector_extra_config or {}).get("connectors") or []
+    every = [vars(transfer), *children]
+    if not any(each.get("kv_connector") == PEER_CONNECTOR for each in every):
+        return
+    if config.model_config.enable_sleep_mode:
+        # Waking up, vLLM 0.33 forgets what it was told to compare.
+        yield Hit(KV_CONNECTOR, {"value": f"{PEER_CONNECTOR} with sleep mode"})
+    on_gpu = platform is not None and platform.is_cuda()
+    if on_gpu and any(each.get("kv_buffer_device", "cuda") != "cuda" for each in every):
+        yield Hit(KV_CONNECTOR, {"value": f"{PEER_CONNECTOR} with another kv_buffer_device than cuda"})
 
 
 def _platform_hits(platform: Any) -> Iterator[Hit]:
@@ -426,6 +451,7 @@ def selector_hits(selector: Any, config: Any = None, platform: Any = None) -> It
     if config is not None:
         if selector.use_kv_connector:
             yield from connector_hits(config.kv_transfer_config)
+            yield from _peer_hits(config, platform)
         if config.cache_config.kv_sharing_fast_prefill:
             yield Hit(FAST_PREFILL)
     yield from _format_hits(selector.kv_cache_dtype, selector.head_size, selector.block_size)
