@@ -108,14 +108,15 @@ def choose_with_connector(connector: str, **extra: str) -> str:
         return choose(use_kv_connector=True)
 
 
-def test_offloading_to_cpu_memory_is_the_one_connector_that_works() -> None:
+def test_connectors_whose_keys_name_the_page_format_work() -> None:
+    assert "polarquant" in choose_with_connector("NixlConnector")
     assert "polarquant" in choose_with_connector("OffloadingConnector")
     assert "polarquant" in choose_with_connector("OffloadingConnector", spec_name="CPUOffloadingSpec")
 
 
 @pytest.mark.parametrize(
     ("connector", "spec"),
-    [("LMCacheConnectorV1", None), ("NixlConnector", None), ("OffloadingConnector", "TieringSpec")],
+    [("LMCacheConnectorV1", None), ("MooncakeConnector", None), ("OffloadingConnector", "TieringSpec")],
 )
 def test_connectors_whose_keys_do_not_name_the_page_format_are_refused(
     connector: str, spec: str | None

@@ -414,7 +414,7 @@ def _peer_hits(config: Any, platform: Any) -> Iterator[Hit]:
     every = [vars(transfer), *children]
     if not any(each.get("kv_connector") == PEER_CONNECTOR for each in every):
         return
-    if config.model_config.enable_sleep_mode:
+    if config.model_config is not None and config.model_config.enable_sleep_mode:
         # Waking up, vLLM 0.33 forgets what it was told to compare.
         yield Hit(KV_CONNECTOR, {"value": f"{PEER_CONNECTOR} with sleep mode"})
     on_gpu = platform is not None and platform.is_cuda()
