@@ -129,6 +129,7 @@ def make_case(
     Blocks before a window are out of range. dense: of the chunks and prefixes.
     """
     requests = decodes + prefills
+    short = all(context and count <= 64 for context, count in prefills)
     order, slot = lane_order(page), page.slot
     dim = slot.head_dim
     lens = [context + count for context, count in requests]
@@ -149,8 +150,8 @@ def make_case(
         stored = reference.read_kv(cache, table[row], context + count, page, order, dtype)
         if attention.window is not None:
             table[row, : max(context - attention.window + 1, 0) // page.block_size] = OUT_OF_RANGE_BLOCK
-        if row >= len(decodes) and not (from_pages or (context and count <= 16)):
-            # Prefills read their own chunk as it was given.
+        if row >= len(decodes) and not (from_pages or short):
+            # Longer prefills read their own chunk as it was given.
             stored = [
                 torch.cat([old[:context], x[context:]]) for old, x in zip(stored, (key, value), strict=True)
             ]
@@ -217,9 +218,28 @@ def test_a_mixed_batch(device):
     assert isinstance(case.prefills(check(case)), PrefixPlan)
 
 
-def test_short_chunks_are_read_like_decodes(device):
-    case = make_case(page_for(K4V4, 64), [(40, 1)], [(65, 16), (3, 2)], device)
-    assert isinstance(case.prefills(check(case)), ShortPrefills)
+@pytest.mark.parametrize(
+    ("prefills", "planned_for"),
+    [
+        ([(65, 16), (3, 2)], 16),
+        ([(65, 17), (30, 2), (1, 32)], 32),
+        ([(150, 33), (3, 2)], 64),
+        ([(70, 64)], 64),
+    ],
+)
+def test_short_chunks_are_read_like_decodes(prefills, planned_for, device):
+    case = make_case(page_for(K4V4, 64), [(40, 1)], prefills, device)
+    read = case.prefills(check(case))
+    assert isinstance(read, ShortPrefills)
+    assert read.max_query_len == planned_for
+
+
+def test_many_tokens_in_longer_chunks_are_unpacked(device):
+    """And so are chunks that are longer still, or after no prefix."""
+    for prefills in ([(3, 64)] * 9, [(3, 65)], [(3, 33), (0, 1)]):
+        case = make_case(page_for(K4V4, 64), [], prefills, device)
+        plan = case.ops.planner().plan(case.batch)
+        assert isinstance(case.prefills(plan), PrefixPlan)
 
 
 def attention_of(kind: str, device: torch.device, head_dim: int = 64) -> Attention:
@@ -280,7 +300,7 @@ def test_chunks_are_read_off_the_pages(preset, head_dim, dtype, kind, device):
 
 def test_short_chunks_of_every_kind_are_read_like_decodes(device):
     attention = attention_of("all", device)
-    case = make_case(page_for(K4V4, 64), [(40, 1)], [(65, 16), (3, 2)], device, attention=attention)
+    case = make_case(page_for(K4V4, 64), [(40, 1)], [(65, 16), (3, 35)], device, attention=attention)
     assert isinstance(case.prefills(check(case)), ShortPrefills)
 
 

@@ -57,7 +57,8 @@ from vllm_polarquant.kernels.triton.rotate import is_hadamard, rotate
 from vllm_polarquant.kernels.triton.schedule import ITEM_WORDS, MAX_SPLITS, Schedule, first_seen_token
 from vllm_polarquant.page import Page
 
-MAX_QUERY_LEN = 16
+MAX_QUERY_LEN = 64
+"""Query tokens of a request at most. Each 32 rows, queries times heads of a KV head, read all its pages."""
 
 
 def make_schedule(

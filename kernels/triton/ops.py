@@ -41,13 +41,30 @@ from vllm_polarquant.kernels.triton.segments import fill_segments
 from vllm_polarquant.kernels.triton.store import MANY_VECTORS, store_kv
 from vllm_polarquant.page import Page, page_of
 
+MAX_DECODE_QUERY_LEN = 16
+"""Query tokens of a decode at most: one, and those that were drafted."""
+
+SHORT_QUERY_LENS = (MAX_DECODE_QUERY_LEN, 32, MAX_QUERY_LEN)
+"""Chunks of up to so many tokens after a prefix may be read like decodes, with a schedule for each.
+
+A draft model's chunks are among them, with a token more than a decode has: how long its prefixes are, only
+the GPU may know, which unpacking would have to ask.
+"""
+
+MAX_LONGER_TOKENS = 512
+"""Tokens of all prefills at most where one has more than 32: a batch of many is faster unpacked."""
+
 
 @dataclass(frozen=True)
 class ShortPrefills:
-    """Prefills that are read like decodes: query_start_loc int32 [prefills + 1], from 0, and a schedule."""
+    """Prefills that are read like decodes: query_start_loc int32 [prefills + 1], from 0, and a schedule.
+
+    max_query_len: of the schedule.
+    """
 
     query_start_loc: torch.Tensor
     schedule: Schedule
+    max_query_len: int
 
 
 @dataclass
@@ -69,7 +86,9 @@ class TritonPlanner(Planner):
             limits.max_reqs * limits.max_decode_query_len, dtype=torch.int32, device=ops.shape.device
         )
         self.decodes = {window: ops.schedule(limits.max_decode_query_len) for window in windows}
-        self.short = {window: ops.schedule(MAX_QUERY_LEN) for window in windows}
+        self.short = {
+            length: {window: ops.schedule(length) for window in windows} for length in SHORT_QUERY_LENS
+        }
 
     def plan(self, batch: Batch) -> TritonPlan:
         decodes = batch.num_decodes
@@ -90,15 +109,20 @@ class TritonPlanner(Planner):
         starts = batch.query_start_loc_cpu.numpy()[first : last + 1]
         contexts = batch.context_lens_cpu.numpy()
         ops = self.ops
-        if reads_like_decodes(starts, contexts, MAX_QUERY_LEN, ops.max_short_tokens):
-            relative = batch.query_start_loc[first : last + 1] - batch.num_decode_tokens
-            for window, schedule in self.short.items():
-                plan(batch.seq_lens[first:last], relative, schedule, window)
-            return {window: ShortPrefills(relative, schedule) for window, schedule in self.short.items()}
+        for length, schedules in self.short.items():
+            most = MAX_LONGER_TOKENS if length == MAX_QUERY_LEN else ops.max_short_tokens
+            if reads_like_decodes(starts, contexts, length, most):
+                relative = batch.query_start_loc[first : last + 1] - batch.num_decode_tokens
+                for window, schedule in schedules.items():
+                    plan(batch.seq_lens[first:last], relative, schedule, window)
+                return {
+                    window: ShortPrefills(relative, schedule, length)
+                    for window, schedule in schedules.items()
+                }
         capacity = ops.prefix_workspace.tokens
         return {
             window: plan_prefixes(starts, contexts, capacity, ops.shape.device, window)
-            for window in self.short
+            for window in self.decodes
         }
 
 
@@ -113,11 +137,11 @@ class TritonOperations(Operations):
         prefix_tokens: tokens of a prefix that are unpacked at once, by default as many as 32 MiB hold.
 
     Raises:
-        ValueError: if decodes may have more than MAX_QUERY_LEN query tokens.
+        ValueError: if decodes may have more than MAX_DECODE_QUERY_LEN query tokens.
     """
 
     order: ClassVar[str] = "lanes"
-    max_decode_query_len: ClassVar[int | None] = MAX_QUERY_LEN
+    max_decode_query_len: ClassVar[int | None] = MAX_DECODE_QUERY_LEN
 
     def __init__(
         self,
@@ -127,9 +151,9 @@ class TritonOperations(Operations):
         gpu: Gpu | None = None,
         prefix_tokens: int | None = None,
     ) -> None:
-        if limits.max_decode_query_len > MAX_QUERY_LEN:
+        if limits.max_decode_query_len > MAX_DECODE_QUERY_LEN:
             raise ValueError(
-                f"a decode has at most {MAX_QUERY_LEN} query tokens, not {limits.max_decode_query_len}"
+                f"a decode has at most {MAX_DECODE_QUERY_LEN} query tokens, not {limits.max_decode_query_len}"
             )
         head_dim = shape.slot.head_dim
         self.shape, self.limits, self.dense_attention = shape, limits, dense_attention
@@ -246,7 +270,7 @@ class TritonOperations(Operations):
                 batch.block_table[requests],
                 batch.seq_lens[requests],
                 prefills.query_start_loc,
-                MAX_QUERY_LEN,
+                prefills.max_query_len,
                 page,
                 attention,
                 tables,
@@ -308,7 +332,7 @@ class TritonOperations(Operations):
             2, shape.num_kv_heads, page.block_size, page.slot.nbytes, dtype=torch.uint8, device=device
         )
         # Storing, rotating and merging have one variant for few and one for many rows.
-        few = max(MAX_QUERY_LEN, page.block_size)
+        few = max(MAX_DECODE_QUERY_LEN, page.block_size)
         many = max(MANY_VECTORS // shape.num_kv_heads, MANY_ROWS // shape.num_heads) + 1
         for tokens in (few, many):
             x, query = ones(tokens, shape.num_kv_heads), ones(tokens, shape.num_heads)
@@ -328,7 +352,7 @@ class TritonOperations(Operations):
         table = torch.zeros(1, 16, dtype=torch.int32, device=device)
         for length, workspace in (
             (limits.max_decode_query_len, self.decode_workspace),
-            (MAX_QUERY_LEN, self.short_workspace),
+            *((length, self.short_workspace) for length in SHORT_QUERY_LENS),
         ):
             query, starts = ones(length, shape.num_heads), ints(0, length)
             schedule = self.schedule(length)
