@@ -819,7 +819,7 @@ def test_launchers_name_what_is_wrong(device):
     small_schedule = schedule_for(batch, 1)
     many = torch.ones(2, dtype=torch.int32, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     for call, message in (
-        (lambda: decode_with(max_query_len=17), "max_query_len must be 1 to 16"),
+        (lambda: decode_with(max_query_len=65), "max_query_len must be 1 to 64"),
         (lambda: decode_with(seq_lens=batch.seq_lens.long()), "seq_lens must be torch.int32"),
         (lambda: decode_with(block_table=batch.block_table.long()), "block_table must be"),
         (lambda: decode_with(query_start_loc=batch.seq_lens), "query_start_loc must be"),
